@@ -1,0 +1,77 @@
+"""What a compressor is: a pure codec `x -> payload -> x^` on flat float32 vectors.
+
+A payload is a dict of arrays. What is in it is what travels: unsigned integers (bits packed,
+indices at the width they need, narrow floats bitcast) and float32 scales. Every shape is static.
+The keys name the part: `values`, `scale`, `indices`, ...; everything but `values` is metadata.
+"""
+
+import abc
+import math
+
+import jax
+import jax.numpy as jnp
+
+Payload = dict[str, jax.Array]
+
+
+class Compressor(abc.ABC):
+    """A codec for flat float32 vectors; instances are frozen dataclasses (hashable, comparable).
+
+    Exactly one theory constant is not None:
+      alpha(size): contraction,  E||C(v) - v||^2 <= (1 - alpha) ||v||^2,
+      omega(size): variance of an unbiased codec,  E C(v) = v,  E||C(v) - v||^2 <= omega ||v||^2.
+    """
+
+    #: True when every worker must draw with the same key (shared masks or shifts).
+    shared_key: bool = False
+
+    @abc.abstractmethod
+    def encode(self, x: jax.Array, key: jax.Array | None = None) -> Payload:
+        """Codes a float32 vector of shape (d,); `key` is only needed by random codecs."""
+
+    @abc.abstractmethod
+    def decode(self, payload: Payload, size: int) -> jax.Array:
+        """The float32 vector of shape (size,) that the payload stands for."""
+
+    def decode_sum(self, payloads: Payload, size: int) -> jax.Array:
+        """Sum over the leading axis of n stacked payloads of their decoded vectors, shape (size,)."""
+        n = jax.tree.leaves(payloads)[0].shape[0]
+        one = lambda i: self.decode(jax.tree.map(lambda p: p[i], payloads), size)
+        if n <= 16:  # one fused elementwise pass
+            return sum((one(i) for i in range(1, n)), start=one(0))
+        return jax.lax.fori_loop(1, n, lambda i, total: total + one(i), one(0))
+
+    def encode_chunks(self, chunks: jax.Array, key: jax.Array | None = None) -> Payload:
+        """Codes the rows of (n, c) separately; payload leaves get the leading axis n."""
+        if key is None:
+            return jax.vmap(self.encode)(chunks)
+        return jax.vmap(self.encode)(chunks, jax.random.split(key, chunks.shape[0]))
+
+    def payload_shapes(self, size: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shape and dtype of every payload part for a vector of this size."""
+        x = jax.ShapeDtypeStruct((size,), jnp.float32)
+        return jax.eval_shape(self.encode, x, jax.eval_shape(lambda: jax.random.key(0)))
+
+    def payload_bytes(self, size: int) -> int:
+        """Bytes of one payload for a vector of `size` elements, metadata included."""
+        return sum(math.prod(s.shape) * s.dtype.itemsize for s in self.payload_shapes(size).values())
+
+    def alpha(self, size: int) -> float | None:
+        """Contraction constant in (0, 1] for vectors of this size, or None."""
+        return None
+
+    def omega(self, size: int) -> float | None:
+        """Variance constant of an unbiased codec for vectors of this size, or None."""
+        return None
+
+    def roundtrip(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        """decode(encode(x)) for an array of any shape and real dtype; keeps both."""
+        flat = x.astype(jnp.float32).reshape(-1)
+        return self.decode(self.encode(flat, key), flat.size).reshape(x.shape).astype(x.dtype)
+
+
+def require_key(key: jax.Array | None, name: str) -> jax.Array:
+    """The key, or a clear error when a random codec was called without one."""
+    if key is None:
+        raise ValueError(f"{name} is random: encode and roundtrip need a PRNG key, got None")
+    return key
