@@ -34,15 +34,22 @@ class Compressor(abc.ABC):
         """The float32 vector of shape (size,) that the payload stands for."""
 
     def decode_sum(self, payloads: Payload, size: int) -> jax.Array:
-        """Sum over the leading axis of n stacked payloads of their decoded vectors, shape (size,)."""
+        """Sum of the n decoded vectors, shape (size,); payload leaves have a leading axis n."""
         n = jax.tree.leaves(payloads)[0].shape[0]
         one = lambda i: self.decode(jax.tree.map(lambda p: p[i], payloads), size)
         if n <= 16:  # one fused elementwise pass
             return sum((one(i) for i in range(1, n)), start=one(0))
         return jax.lax.fori_loop(1, n, lambda i, total: total + one(i), one(0))
 
-    def encode_chunks(self, chunks: jax.Array, key: jax.Array | None = None) -> Payload:
-        """Codes the rows of (n, c) separately; payload leaves get the leading axis n."""
+    def encode_chunks(
+        self, chunks: jax.Array, key: jax.Array | None = None, size: int | None = None
+    ) -> Payload:
+        """Codes the rows of (n, c) separately; payload leaves get the leading axis n.
+
+        `size` is the true length of the vector the rows make up, when the rest of them is zero
+        padding; codecs whose scale is a mean over the whole vector need it.
+        """
+        del size
         if key is None:
             return jax.vmap(self.encode)(chunks)
         return jax.vmap(self.encode)(chunks, jax.random.split(key, chunks.shape[0]))
@@ -54,7 +61,9 @@ class Compressor(abc.ABC):
 
     def payload_bytes(self, size: int) -> int:
         """Bytes of one payload for a vector of `size` elements, metadata included."""
-        return sum(math.prod(s.shape) * s.dtype.itemsize for s in self.payload_shapes(size).values())
+        return sum(
+            math.prod(s.shape) * s.dtype.itemsize for s in self.payload_shapes(size).values()
+        )
 
     def alpha(self, size: int) -> float | None:
         """Contraction constant in (0, 1] for vectors of this size, or None."""

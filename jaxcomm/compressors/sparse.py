@@ -1,0 +1,76 @@
+"""What sparse codecs share: k values at k positions, and one scatter-add to sum n of them."""
+
+import abc
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxcomm.compressors.base import Compressor, Payload
+
+
+class Sparsifier(Compressor):
+    """A codec that keeps `count(size)` values; `compose` replaces how those values travel."""
+
+    @abc.abstractmethod
+    def count(self, size: int) -> int:
+        """Values kept of a vector of this size."""
+
+    @abc.abstractmethod
+    def select(self, x: jax.Array, key: jax.Array | None) -> tuple[jax.Array, Payload]:
+        """The kept float32 values, shape (count,), and the metadata that locates them."""
+
+    @abc.abstractmethod
+    def positions(self, metadata: Payload, size: int) -> jax.Array:
+        """int32 positions, shape (count,), of the kept values in the coded vector."""
+
+    def coded_size(self, size: int) -> int:
+        """Length of the vector that `positions` points into."""
+        return size
+
+    def synthesize(self, coded: jax.Array, size: int) -> jax.Array:
+        """The vector from the coded one; linear, so that sums may be taken before it."""
+        del size
+        return coded
+
+    def place(self, values: jax.Array, metadata: Payload, size: int) -> jax.Array:
+        """The vector of shape (size,) with these values in place; n stacked parts are summed."""
+        locate = lambda m: self.positions(m, size)
+        where = jax.vmap(locate)(metadata) if values.ndim == 2 else locate(metadata)
+        zeros = jnp.zeros((self.coded_size(size),), jnp.float32)
+        return self.synthesize(zeros.at[where.reshape(-1)].add(values.reshape(-1)), size)
+
+    def encode(self, x: jax.Array, key: jax.Array | None = None) -> Payload:
+        values, metadata = self.select(x, key)
+        return {"values": lax.bitcast_convert_type(values, jnp.uint32), **metadata}
+
+    def decode(self, payload: Payload, size: int) -> jax.Array:
+        metadata = {name: part for name, part in payload.items() if name != "values"}
+        values = lax.bitcast_convert_type(payload["values"], jnp.float32)
+        return self.place(values, metadata, size)
+
+    def decode_sum(self, payloads: Payload, size: int) -> jax.Array:
+        return self.decode(payloads, size)
+
+
+def check_fraction_or_k(name: str, fraction: float | None, k: int | None) -> None:
+    """Exactly one of `fraction` in (0, 1] and `k` >= 1."""
+    if (fraction is None) == (k is None):
+        raise ValueError(f"{name}: give exactly one of fraction and k, got {fraction=}, {k=}")
+    if fraction is not None and not 0.0 < fraction <= 1.0:
+        raise ValueError(f"{name}: fraction must be in (0, 1], got {fraction}")
+    if k is not None and k < 1:
+        raise ValueError(f"{name}: k must be at least 1, got {k}")
+
+
+def kept(fraction: float | None, k: int | None, size: int) -> int:
+    """ceil(fraction * size), so that 0.07 of 100 is 7 and not 8, or k if it fits."""
+    if size == 0:
+        return 0
+    if k is None:
+        assert fraction is not None
+        return min(size, max(1, math.ceil(fraction * size * (1 - 1e-12))))
+    if k > size:
+        raise ValueError(f"k must be at most the vector's size, got k={k} for size {size}")
+    return k
