@@ -33,10 +33,19 @@ class Compressor(abc.ABC):
     def decode(self, payload: Payload, size: int) -> jax.Array:
         """The float32 vector of shape (size,) that the payload stands for."""
 
-    def decode_sum(self, payloads: Payload, size: int) -> jax.Array:
-        """Sum of the n decoded vectors, shape (size,); payload leaves have a leading axis n."""
+    def decode_sum(
+        self, payloads: Payload, size: int, coefficients: jax.Array | None = None
+    ) -> jax.Array:
+        """sum_i coefficient_i decode(payload_i) over n stacked payloads, shape (size,).
+
+        `coefficients` has shape (n,); None means ones.
+        """
         n = jax.tree.leaves(payloads)[0].shape[0]
-        one = lambda i: self.decode(jax.tree.map(lambda p: p[i], payloads), size)
+
+        def one(i):
+            x = self.decode(jax.tree.map(lambda p: p[i], payloads), size)
+            return x if coefficients is None else coefficients[i] * x
+
         if n <= 16:  # one fused elementwise pass
             return sum((one(i) for i in range(1, n)), start=one(0))
         return jax.lax.fori_loop(1, n, lambda i, total: total + one(i), one(0))

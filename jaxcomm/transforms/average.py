@@ -1,0 +1,94 @@
+"""Averages over the workers, dense or compressed without memory.
+
+    u = (1/n) sum_i g_i          average
+    u = (1/n) sum_i C(g_i)       compressed_average
+
+Without error feedback a contractive C may diverge (Beznosikov et al. 2020, arXiv 2002.12410,
+Example 1); unbiased codecs (quantize with stochastic rounding, natural, rand_k scaled) are safe.
+"""
+
+import optax
+
+from jaxcomm.collectives import AxisName, Exchanged, dense_mean, flatten, gather_mean
+from jaxcomm.collectives import mean as tree_mean
+from jaxcomm.collectives import two_phase_mean
+from jaxcomm.compressors.base import Compressor
+from jaxcomm.compressors.identity import Identity
+from jaxcomm.transforms.common import (
+    Communication,
+    CountState,
+    check_compressor,
+    message_key,
+    zero_count,
+)
+
+EXCHANGES = ("gather", "two_phase")
+
+
+def average(axis_name: AxisName) -> Communication:
+    """Dense mean of the updates over the workers, in float32, leaf dtypes kept.
+
+    Args:
+      axis_name: name (or tuple of names) of the worker axis.
+
+    Returns:
+      An Optax transform without state.
+    """
+
+    def init_fn(params):
+        del params
+        return optax.EmptyState()
+
+    def update_fn(updates, state, params=None, **extra):
+        del params, extra
+        return tree_mean(updates, axis_name), state
+
+    return Communication(init_fn, update_fn)
+
+
+def exchange_mean(
+    x, compressor: Compressor, axis_name: AxisName, key, exchange="gather", server_error=None
+) -> Exchanged:
+    """The compressed mean of flat vectors by the named exchange; identity is the dense sum."""
+    if isinstance(compressor, Identity):
+        return Exchanged(dense_mean(x, axis_name), x, server_error)
+    if exchange == "gather":
+        return gather_mean(x, compressor, axis_name, key)
+    return two_phase_mean(x, compressor, axis_name, key, server_error)
+
+
+def check_exchange(exchange: str, where: str) -> None:
+    """Raises a ValueError for an unknown exchange."""
+    if exchange not in EXCHANGES:
+        raise ValueError(f"{where}: exchange must be one of {EXCHANGES}, got {exchange!r}")
+
+
+def compressed_average(
+    compressor: Compressor, axis_name: AxisName, *, exchange: str = "gather", seed: int = 0
+) -> Communication:
+    """Mean of the workers' compressed updates, without error memory.
+
+    Args:
+      compressor: the codec; unbiased ones keep the mean unbiased.
+      axis_name: name of the worker axis.
+      exchange: 'gather' or 'two_phase' (see `jaxcomm.collectives.means`).
+      seed: seeds the keys of random codecs.
+
+    Returns:
+      An Optax transform; its state counts the messages.
+    """
+    check_compressor(compressor, "compressed_average")
+    check_exchange(exchange, "compressed_average")
+
+    def init_fn(params):
+        del params
+        return CountState(zero_count())
+
+    def update_fn(updates, state, params=None, **extra):
+        del params, extra
+        vector, unflatten = flatten(updates)
+        key = message_key(seed, state.count, axis_name, compressor)
+        result = exchange_mean(vector, compressor, axis_name, key, exchange)
+        return unflatten(result.mean), CountState(state.count + 1)
+
+    return Communication(init_fn, update_fn)
