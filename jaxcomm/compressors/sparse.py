@@ -50,8 +50,13 @@ class Sparsifier(Compressor):
         values = lax.bitcast_convert_type(payload["values"], jnp.float32)
         return self.place(values, metadata, size)
 
-    def decode_sum(self, payloads: Payload, size: int) -> jax.Array:
-        return self.decode(payloads, size)
+    def decode_sum(
+        self, payloads: Payload, size: int, coefficients: jax.Array | None = None
+    ) -> jax.Array:
+        metadata = {name: part for name, part in payloads.items() if name != "values"}
+        values = lax.bitcast_convert_type(payloads["values"], jnp.float32)
+        weighted = values if coefficients is None else coefficients[:, None] * values
+        return self.place(weighted, metadata, size)
 
 
 def check_fraction_or_k(name: str, fraction: float | None, k: int | None) -> None:
