@@ -13,7 +13,7 @@ from jaxcomm.collectives import AxisName, Exchanged, dense_mean, flatten, gather
 from jaxcomm.collectives import mean as tree_mean
 from jaxcomm.collectives import two_phase_mean
 from jaxcomm.compressors.base import Compressor
-from jaxcomm.compressors.identity import Identity
+from jaxcomm.compressors._identity import Identity
 from jaxcomm.transforms.common import (
     Communication,
     CountState,

@@ -17,7 +17,7 @@ from jaxcomm.collectives import AxisName, flatten, size
 from jaxcomm.collectives.flatten import tree_size, zeros_like_float32
 from jaxcomm.collectives.means import chunk_size
 from jaxcomm.compressors.base import Compressor
-from jaxcomm.transforms.average import check_exchange, exchange_mean
+from jaxcomm.transforms._average import check_exchange, exchange_mean
 from jaxcomm.transforms.common import Communication, check_compressor, message_key, zero_count
 
 

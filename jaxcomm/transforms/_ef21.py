@@ -23,7 +23,7 @@ import optax
 from jaxcomm.collectives import AxisName, Exchanged, dense_mean, flatten, gather_mean, index, size
 from jaxcomm.collectives.flatten import zeros_like_float32
 from jaxcomm.compressors.base import Compressor
-from jaxcomm.compressors.identity import Identity
+from jaxcomm.compressors._identity import Identity
 from jaxcomm.transforms.common import Communication, check_compressor, message_key, zero_count
 
 

@@ -1,0 +1,116 @@
+"""When replicas meet: the length H of a round as a pure function of the step it starts at.
+
+    every(h)         H = h
+    power_rule       H = max(h_base, floor((coefficient / lr_t)^power))
+    qsr              power_rule with power 2, the Quadratic Synchronization Rule
+    post_local       H = 1 until `start`, then h
+
+lr_t is the learning rate at the round's first step; the clock is the local step. A round never
+goes past the last step of training. Source: Gu, Lyu, Arora, Zhang & Huang 2024, "A Quadratic
+Synchronization Rule for Distributed Deep Learning" (ICLR, arXiv 2310.14423); post-local SGD: Lin et
+al. 2018 (arXiv 1808.07217).
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Schedule = Callable[[jax.Array], jax.Array]  # first step of a round, int32 -> H, int32
+_LONGEST = 2**30  # steps; also what a vanishing learning rate gives
+
+
+def every(h: int) -> Schedule:
+    """Rounds of h local steps.
+
+    Raises:
+      ValueError: h < 1.
+    """
+    if h < 1:
+        raise ValueError(f"every: a round needs at least one step, got h={h}")
+    return lambda step: jnp.full(jnp.shape(step), h, jnp.int32)
+
+
+def power_rule(
+    learning_rate: Callable | float,
+    coefficient: float,
+    h_base: int,
+    power: int,
+    warmup_steps: int = 0,
+) -> Schedule:
+    """H = max(h_base, floor((coefficient / lr)^power)), lr read at the round's first step.
+
+    Args:
+      learning_rate: the inner optimizer's schedule (step -> lr), or a constant.
+      coefficient: alpha of QSR, beta of the linear rule; in units of the learning rate.
+      h_base: shortest round, in local steps.
+      power: 1 linear, 2 quadratic, 3 cubic.
+      warmup_steps: before this step the rate at this step counts.
+
+    Raises:
+      ValueError: h_base < 1, coefficient < 0, or a zero rate at the first step that counts.
+    """
+    if h_base < 1:
+        raise ValueError(f"power_rule: h_base must be at least 1, got {h_base}")
+    if coefficient < 0:
+        raise ValueError(f"power_rule: the coefficient must not be negative, got {coefficient}")
+    if warmup_steps < 0:
+        raise ValueError(f"power_rule: warmup_steps must not be negative, got {warmup_steps}")
+    rate = learning_rate if callable(learning_rate) else lambda step: learning_rate
+    if not float(rate(warmup_steps)) > 0:
+        raise ValueError(
+            f"power_rule: the learning rate at step {warmup_steps} is {float(rate(warmup_steps))}, "
+            "which would give one endless round; set warmup_steps to the end of the warm-up"
+        )
+
+    def schedule(step):
+        lr = jnp.asarray(rate(jnp.maximum(step, warmup_steps)), jnp.float32)
+        ratio = (coefficient / lr) ** power
+        return jnp.clip(jnp.floor(jnp.nan_to_num(ratio, posinf=_LONGEST)), h_base, _LONGEST).astype(
+            jnp.int32
+        )
+
+    return schedule
+
+
+def qsr(
+    learning_rate: Callable | float, alpha: float, h_base: int, warmup_steps: int = 0
+) -> Schedule:
+    """The Quadratic Synchronization Rule: H = max(h_base, floor((alpha / lr)^2)).
+
+    Args:
+      learning_rate: the inner optimizer's schedule (step -> lr), or a constant.
+      alpha: growth coefficient, in units of the learning rate (ViT-B in the paper: 0.0175).
+      h_base: shortest round, in local steps.
+      warmup_steps: before this step the rate at this step counts.
+
+    Raises:
+      ValueError: as `power_rule`.
+    """
+    return power_rule(learning_rate, alpha, h_base, 2, warmup_steps)
+
+
+def post_local(start: int, h: int) -> Schedule:
+    """Post-local SGD: meets every step before `start`, then every h steps.
+
+    Raises:
+      ValueError: h < 1 or start < 0.
+    """
+    if h < 1 or start < 0:
+        raise ValueError(f"post_local: needs h >= 1 and start >= 0, got {h=}, {start=}")
+    return lambda step: jnp.where(step < start, 1, h).astype(jnp.int32)
+
+
+def sync_steps(schedule: Schedule, n: int) -> list[int]:
+    """The steps after which replicas meet, for a training of n steps; the last one is n.
+
+    Runs on the host; entry i is the number of local steps done at meeting i.
+    """
+    lengths = np.asarray(jax.jit(schedule)(jnp.arange(n, dtype=jnp.int32)))
+    lengths = np.broadcast_to(lengths, (n,))
+    steps, t = [], 0
+    while t < n:
+        t = min(t + max(int(lengths[t]), 1), n)
+        steps.append(t)
+    return steps

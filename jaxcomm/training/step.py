@@ -1,0 +1,290 @@
+"""The training step: one per-worker function, placed, mapped and compiled.
+
+Each worker takes the gradient of its own share of the batch with respect to a varying view of the
+parameters (under shard_map the gradient of replicated ones would already be summed over the axis),
+passes it through the Optax chain, which communicates where the user said so, and applies the
+result. With a sync rule the workers train apart and the rule decides when they meet.
+
+A non-finite gradient or loss on any worker makes all workers skip that update: no memory is
+touched, `skipped` counts it. With a sync rule there is nothing to agree on between meetings: the
+worker that saw it skips its own update.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from jaxcomm.collectives import all_sum, axis
+from jaxcomm.collectives.axis import AxisName
+from jaxcomm.collectives.conditional import Choices, record_choices
+from jaxcomm.sync._periodic import SyncRule
+from jaxcomm.training.placement import infer_places
+from jaxcomm.training.workers import Place, Workers
+
+
+class TrainState(NamedTuple):
+    """Everything a run is; per-worker leaves have a leading worker axis."""
+
+    step: jax.Array  # shape=(), dtype=jnp.int32: local steps done
+    params: optax.Params
+    opt_state: optax.OptState
+    sync_state: Any  # of the sync rule; () without one
+    key: jax.Array  # shape=(), PRNG key of the run
+    skipped: jax.Array  # dtype=jnp.int32: updates skipped because of a non-finite gradient
+
+
+class TrainStep:
+    """`step(state, batch) -> (state, metrics)`, with `init` and `consensus`; see make_train_step."""
+
+    def __init__(
+        self,
+        loss_fn: Callable,
+        tx: optax.GradientTransformation,
+        workers: Workers,
+        sync: SyncRule | None,
+        donate: bool,
+    ):
+        self.workers = workers
+        self.places: Any = None  # a TrainState of Place, once it is known
+        self.choice_names: tuple[str, ...] = ()  # of `metrics['branches']`, once traced
+        self._loss_fn, self._tx = loss_fn, optax.with_extra_args_support(tx)
+        self._sync, self._donate = sync, donate
+        self._run: Callable | None = None
+
+    # One worker's view.
+
+    def _init(self, params, key) -> TrainState:
+        sync_state = self._sync.init(params) if self._sync else ()
+        zero = jnp.zeros((), jnp.int32)
+        return TrainState(zero, params, self._tx.init(params), sync_state, key, zero)
+
+    def _step(self, state: TrainState, batch):
+        """One step of one worker; also returns its metrics, and the branches that were taken."""
+        key = jax.random.fold_in(state.key, state.step)
+        key = jax.random.fold_in(key, axis.index(self.workers.axis_name))
+        view = axis.varying(state.params, self.workers.axis_name)
+        loss_fn = lambda params: _with_aux(self._loss_fn(params, batch, key))
+        (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(view)
+        metrics = {"loss": loss.astype(jnp.float32), **metrics}
+        choices = Choices()
+        with record_choices(choices):
+            state, metrics = self._apply(state, grads, metrics)
+        self.choice_names = tuple(choices.names)
+        branches = jnp.stack(choices.taken) if choices.taken else jnp.zeros((0,), jnp.int32)
+        return state, metrics, branches
+
+    def _apply(self, state: TrainState, grads, metrics):
+        finite = _all_finite((metrics["loss"], grads))
+        if self._sync is None:
+            finite, metrics = self._agree(finite, metrics)
+        updates, opt_state = self._tx.update(
+            grads, state.opt_state, state.params, value=metrics["loss"]
+        )
+        params = optax.apply_updates(state.params, updates)
+        params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old),
+            (params, opt_state),
+            (state.params, state.opt_state),
+        )
+        step, sync_state = state.step + 1, state.sync_state
+        if self._sync is not None:
+            params, sync_state = self._sync.apply(params, sync_state, step)
+        skipped = state.skipped + jnp.where(finite, 0, 1)
+        return TrainState(step, params, opt_state, sync_state, state.key, skipped), metrics
+
+    def _agree(self, finite, metrics):
+        """One small sum: are everyone's gradients finite, and the means of the metrics."""
+        leaves, treedef = jax.tree.flatten(metrics)
+        flat = [jnp.where(finite, 0.0, 1.0).reshape(1)]
+        flat += [x.astype(jnp.float32).reshape(-1) for x in leaves]
+        total = all_sum(jnp.concatenate(flat), self.workers.axis_name, "metrics")
+        means = jnp.split(total[1:] / self.workers.count, np.cumsum([x.size for x in leaves])[:-1])
+        means = [mean.reshape(x.shape) for mean, x in zip(means, leaves)]
+        return total[0] == 0, jax.tree.unflatten(treedef, means)
+
+    # All workers.
+
+    def abstract_state(self, params, key) -> TrainState:
+        """Shapes and dtypes of the global state, and (in `self.places`) where each leaf lives."""
+        params, key = jax.tree.map(_abstract, (params, _typed(key)))
+
+        def one_step(state):
+            zeros = jax.tree.map(jnp.zeros_like, (state.params, {"loss": jnp.float32(0)}))
+            return self._apply(state, *axis.varying(zeros, self.workers.axis_name))[0]
+
+        self.places, state = infer_places(self._init, one_step, self.workers, params, key)
+        return state
+
+    def init(self, params, key) -> TrainState:
+        """The state before the first step, placed on the workers.
+
+        Args:
+          params: one pytree of floating-point arrays, which all workers start from.
+          key: PRNG key of the run (typed, or raw uint32).
+
+        Raises:
+          ValueError: the state would change shape or dtype in a step.
+        """
+        self.abstract_state(params, key)
+        init = self.workers.jit(self._init, (Place.REPLICATED,) * 2, self.places)
+        state = init(params, _typed(key))
+        if self.workers.mode != "simulate":
+            return state
+        # vmap may hand the caller's own arrays through, and steps donate their state
+        return jax.tree.map(lambda x: x.copy(), state)
+
+    def __call__(self, state: TrainState, batch) -> tuple[TrainState, dict]:
+        """One step of all workers.
+
+        Args:
+          state: from `init`, an earlier step or a checkpoint; donated unless donate=False.
+          batch: pytree whose leaves carry the global batch in axis 0; worker i of n gets the
+            i-th contiguous n-th.
+
+        Returns:
+          the new state, and the metrics: `loss` and what the loss function returned beside it,
+          means over the workers (with a sync rule and several processes: over this process's
+          workers, as nothing may travel between meetings); `skipped`, the number of skipped
+          updates; `branches`, which conditional exchanges took place (for `jaxcomm.traffic`).
+
+        Raises:
+          ValueError: the workers do not divide a batch leaf.
+        """
+        self.workers.check_batch(batch)
+        if self._run is None:
+            self._run = self._compile(state)
+        state, metrics, branches = self.workers.settle(self._run(state, batch))
+        if self._sync is not None:
+            metrics = jax.tree.map(_visible_mean, metrics)
+        metrics = {**metrics, "skipped": _visible_sum(state.skipped), "branches": branches}
+        return state, self.workers.settle(metrics)
+
+    def lower(self, state: TrainState, batch):
+        """The lowered program of one step (see `jax.jit(f).lower`); not under pmap."""
+        return self._compile(state).lower(state, batch)
+
+    def trace(self, state: TrainState, batch):
+        """The traced program of one step over the abstract worker axis, in every mode."""
+        self._locate(state)
+        fn = self.workers.trace_map(self._step, *self._signature())
+        abstract = jax.tree.map(_abstract, (state, batch))
+        return jax.make_jaxpr(fn)(*abstract)
+
+    def consensus(self, state: TrainState):
+        """The one parameter tree to evaluate: the mean over workers where they differ."""
+        self._locate(state)
+
+        def leaf(place, x):
+            if place is Place.REPLICATED:
+                return x
+            return jnp.mean(x.astype(jnp.float32), axis=0).astype(x.dtype)
+
+        return jax.jit(lambda params: jax.tree.map(leaf, self.places.params, params))(state.params)
+
+    def _compile(self, state: TrainState):
+        self._locate(state)
+        return self.workers.jit(self._step, *self._signature(), donate=self._donate)
+
+    def _signature(self):
+        metrics = Place.REPLICATED if self._sync is None else Place.PER_WORKER
+        return (self.places, Place.SPLIT), (self.places, metrics, Place.REPLICATED)
+
+    def _locate(self, state: TrainState) -> None:
+        """Finds the places for a state that this object did not make."""
+        if self.places is not None:
+            return
+        shapes = jax.tree.map(jnp.shape, state)
+        drop = lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
+        for params in (state.params, jax.tree.map(drop, state.params)):
+            if jax.tree.map(jnp.shape, self.abstract_state(params, state.key)) == shapes:
+                return
+        self.places = None
+        raise ValueError("the state does not belong to this step: its tree or shapes differ")
+
+
+def make_train_step(
+    loss_fn: Callable,
+    tx: optax.GradientTransformation,
+    *,
+    axis_name: AxisName,
+    sync: SyncRule | None = None,
+    mesh: Mesh | None = None,
+    simulate: int | tuple[int, ...] | None = None,
+    pmap: int | None = None,
+    donate: bool = True,
+) -> TrainStep:
+    """Builds the step of a data-parallel training, for any Optax chain and sync rule.
+
+    Args:
+      loss_fn: `loss_fn(params, batch, key)` of one worker; returns a scalar, or `(scalar, aux)`
+        with aux a dict of scalars (or an array or tree, reported as metrics['aux']).
+      tx: Optax chain with a jaxcomm transform in it, or any Optax optimizer with `sync`.
+      axis_name: name of the worker axis (or a tuple of names).
+      sync: when and how replicas meet; None for methods that exchange gradients.
+      mesh: run under shard_map on this mesh (default: all devices along the axis).
+      simulate: run this many workers on one device under vmap.
+      pmap: run under pmap on so many local devices.
+      donate: reuse the buffers of the state given to a step.
+
+    Returns:
+      A TrainStep: `state = step.init(params, key)`, `state, metrics = step(state, batch)`,
+      `step.consensus(state)`.
+
+    Raises:
+      ValueError: contradictory modes, or an axis that the mesh does not have.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, jaxcomm
+      >>> tx = optax.chain(jaxcomm.ef21(jaxcomm.top_k(k=1), axis_name="workers"), optax.sgd(0.1))
+      >>> loss_fn = lambda params, batch, key: jnp.mean((batch - params) ** 2)
+      >>> step = jaxcomm.make_train_step(loss_fn, tx, axis_name="workers", simulate=4)
+      >>> state = step.init(jnp.zeros(3), jax.random.key(0))
+      >>> state, metrics = step(state, jnp.ones((8, 3)))
+      >>> float(metrics["loss"])
+      1.0
+    """
+    return TrainStep(loss_fn, tx, Workers(axis_name, mesh, simulate, pmap), sync, donate)
+
+
+def _with_aux(out):
+    """(loss, dict of metrics) of whatever the loss function returned."""
+    loss, aux = out if isinstance(out, tuple) else (out, {})
+    if jnp.shape(loss) != ():
+        raise ValueError(f"loss_fn must return a scalar loss, got shape {jnp.shape(loss)}")
+    aux = aux if isinstance(aux, dict) else {"aux": aux}
+    return loss, jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), aux)
+
+
+def _all_finite(tree) -> jax.Array:
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]))
+
+
+def _typed(key):
+    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    return key if typed else jax.random.wrap_key_data(key)
+
+
+def _abstract(x):
+    return jax.ShapeDtypeStruct(
+        jnp.shape(x), jnp.result_type(x) if not hasattr(x, "dtype") else x.dtype
+    )
+
+
+def _local(x):
+    """The part of a (n, ...) array that this process holds."""
+    if isinstance(x, jax.core.Tracer) or x.is_fully_addressable:
+        return x
+    return np.concatenate([np.asarray(shard.data) for shard in x.addressable_shards])
+
+
+def _visible_mean(x):
+    return jnp.mean(_local(x), axis=0)
+
+
+def _visible_sum(x):
+    return x if jnp.ndim(x) == 0 else jnp.sum(_local(x))

@@ -1,0 +1,16 @@
+"""What an algorithm does to gradients or pseudo-gradients: Optax transforms."""
+
+from jaxcomm.transforms._average import average, compressed_average
+from jaxcomm.transforms._ef21 import EF21State, ef21
+from jaxcomm.transforms._error_feedback import ErrorFeedbackState, error_feedback
+from jaxcomm.transforms.common import Communication
+
+__all__ = [
+    "Communication",
+    "EF21State",
+    "ErrorFeedbackState",
+    "average",
+    "compressed_average",
+    "ef21",
+    "error_feedback",
+]
