@@ -1,0 +1,328 @@
+"""Checkpoints of a training run: the one module that knows Orbax.
+
+A checkpoint is a directory ``DIRECTORY/<step>`` in which Orbax (v1 API) stores every array of the
+state, per-worker leaves by shard, and in which ``jaxcomm.json`` is written last: data position,
+configuration, number of workers, the tree's layout and a CRC-32 of every file. A directory without
+that file is no checkpoint, so a save that is cut short leaves the ones before it as they were, and
+a damaged file is found before anything of it is used.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import importlib.metadata
+import json
+import logging as std_logging
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from orbax.checkpoint import v1 as ocp
+
+from jaxcomm.training import _storage
+from jaxcomm.training._checkpoint_files import CheckpointFiles, read_marker, write_marker
+
+_FORMAT = 1
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be written, found or used; the message is one sentence."""
+
+
+class CorruptCheckpointError(CheckpointError):
+    """A checkpoint whose files are not those that were written."""
+
+
+class Checkpointer:
+    """Saves and restores the state of a run, bit for bit.
+
+    A save copies the state to the host and returns; files are written by background threads while
+    training goes on (one save at a time: the next one waits for it). Under ``jax.distributed``
+    every process calls every method; the directory is then on a file system that all share.
+
+    Args:
+      directory: where the checkpoints are; made if it does not exist.
+      config: nested dict of JSON values that must be the same when a run continues; leave out what
+        may change (number of steps, log interval). ``None`` compares nothing.
+      workers: number of workers, which must be the same when a run continues.
+      keep: how many checkpoints to keep, the latest ones, at least 1.
+      async_save: False makes ``save`` return only when the checkpoint is complete.
+
+    Raises:
+      CheckpointError: the directory cannot be made or written.
+
+    Example:
+      >>> import jax.numpy as jnp, tempfile
+      >>> with Checkpointer(tempfile.mkdtemp(), config={"seed": 0}, workers=1) as checkpointer:
+      ...     saved = checkpointer.save(3, {"w": jnp.arange(2.0)}, data_state={"index": 12})
+      ...     state, data_state, extra = checkpointer.restore({"w": jnp.zeros(2)})
+      >>> print(state["w"], data_state)
+      [0. 1.] {'index': 12}
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        config: dict[str, Any] | None = None,
+        workers: int | None = None,
+        keep: int = 3,
+        async_save: bool = True,
+    ):
+        if keep < 1:
+            raise ValueError(f"keep must be at least 1, got {keep}")
+        self._dir = _writable(directory)
+        self._files = CheckpointFiles(self._dir)
+        self._config = None if config is None else json.loads(_storage.dumps(config))
+        self._workers, self._keep, self._async = workers, keep, async_save
+        self._context = ocp.Context()
+        # The shardings come from the abstract state; one replica of a replicated leaf is written.
+        self._context.array.saving.enable_write_sharding_file = False
+        self._context.array.saving.use_replica_parallel = False
+        self._pool = concurrent.futures.ThreadPoolExecutor(1, "jaxcomm_checkpoint")
+        self._pending: tuple[int, concurrent.futures.Future[None]] | None = None
+        self._restored: int | None = None
+        self._quiet = _Quiet()
+        logging.get_absl_logger().addFilter(self._quiet)
+
+    def save(
+        self, step: int, state: Any, *, data_state: Any, extra: Any = None, force: bool = False
+    ) -> bool:
+        """Starts saving and returns once the arrays may be donated or changed.
+
+        Args:
+          step: the step after which this is the state.
+          state: any pytree of arrays (typed keys, bfloat16, 4-bit and empty leaves included).
+            Leaves that live on one process only are taken from process 0.
+          data_state: position in the data, JSON values or bytes; each process's own is kept.
+          extra: further JSON values, taken from process 0.
+          force: save again even if there is a checkpoint of this step.
+
+        Returns:
+          False if there is a checkpoint of this step already and ``force`` is not set.
+
+        Raises:
+          CheckpointError: this or the previous save failed, or there is a later checkpoint that
+            this run did not start from.
+        """
+        self.wait()
+        plan = self._plan(step, force) if jax.process_index() == 0 else None
+        self._restored = None
+        rows = _storage.from_all([plan, data_state])
+        name, problem = rows[0][0]
+        if problem:
+            raise CheckpointError(problem)
+        if name is None:
+            return False
+        flat = _storage.flatten(state)
+        meta = {
+            "format": _FORMAT,
+            "jaxcomm": _version(),
+            "step": step,
+            "workers": self._workers,
+            "config": self._config,
+            "data_state": [position for _, position in rows],
+            "extra": json.loads(_storage.dumps(extra)),
+            "layout": _storage.layout(flat),
+        }
+        try:
+            response = self._start(self._dir / name, flat)
+        except Exception as error:
+            raise CheckpointError(self._unwritten(step, error)) from error
+        self._pending = step, self._pool.submit(self._seal, self._dir / name, meta, response)
+        if not self._async:
+            self.wait()
+        return True
+
+    def restore(self, state_like: Any, step: int | None = None) -> tuple[Any, Any, Any]:
+        """Reads a checkpoint onto the devices of ``state_like``.
+
+        Without ``step`` the latest one is read; if its files are damaged, the one before, with a
+        warning. The checkpoints of later steps are set aside (renamed) by the next ``save``.
+
+        Args:
+          state_like: a state, or a tree of ``jax.ShapeDtypeStruct`` with shardings, with the
+            structure, shapes and dtypes that were saved; the mesh may be another one.
+          step: which one to read.
+
+        Returns:
+          ``(state, data_state, extra)``; tuples in the last two come back as lists.
+
+        Raises:
+          CheckpointError: there is none, or it is of another configuration, number of workers or
+            tree.
+          CorruptCheckpointError: its files (without ``step``: those of all) are damaged.
+        """
+        self.wait()
+        found = self._agreed()
+        if not found:
+            raise CheckpointError(f"there is no checkpoint in {self._dir}")
+        if step is not None and step not in found:
+            held = ", ".join(map(str, found))
+            raise CheckpointError(
+                f"there is no checkpoint of step {step} in {self._dir}, only of {held}"
+            )
+        for candidate in [step] if step is not None else sorted(found, reverse=True):
+            try:
+                result = self._read(candidate, self._dir / found[candidate], state_like)
+            except CorruptCheckpointError as error:
+                if step is not None:
+                    raise
+                logging.warning("%s; trying the one before it", error)
+            else:
+                self._restored = candidate
+                return result
+        held = ", ".join(map(str, found))
+        raise CorruptCheckpointError(f"every checkpoint in {self._dir} is corrupt: steps {held}")
+
+    def steps(self) -> list[int]:
+        """The steps of the complete checkpoints, ascending."""
+        return list(self._agreed())
+
+    def latest(self) -> int | None:
+        """The step of the latest complete checkpoint (not of a save in progress), or None."""
+        return max(self._agreed(), default=None)
+
+    def wait(self) -> None:
+        """Waits for the save in progress; raises CheckpointError if it failed."""
+        if self._pending is not None:
+            (step, future), self._pending = self._pending, None
+            try:
+                future.result()
+            except Exception as error:
+                raise CheckpointError(self._unwritten(step, error)) from error
+
+    def close(self) -> None:
+        """Waits for the save in progress and ends the background thread."""
+        try:
+            self.wait()
+        finally:
+            self._pool.shutdown()
+            logging.get_absl_logger().removeFilter(self._quiet)
+
+    def __enter__(self) -> Checkpointer:
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        self.close()
+
+    def _start(self, path: Path, flat: dict[str, Any]) -> ocp.AsyncResponse[None]:
+        """Copies the arrays to the host; Orbax writes them, and renames the directory, later."""
+        arrays = {key: _storage.pack(leaf) for key, leaf in flat.items() if _stored(leaf)}
+        with self._context:
+            return ocp.save_async(str(path), arrays or _NOTHING)
+
+    def _seal(self, path: Path, meta: dict[str, Any], response: ocp.AsyncResponse[None]) -> None:
+        """In the background: waits for Orbax, then makes the directory a checkpoint."""
+        response.result()
+        if jax.process_index() == 0:
+            write_marker(path, meta)
+            self._files.prune(self._keep)
+
+    def _plan(self, step: int, force: bool) -> tuple[str | None, str | None]:
+        """Process 0: (directory name or None if there is nothing to do, what is wrong)."""
+        try:
+            self._files.set_aside(self._restored)
+            found, name = self._files.found(), self._files.free_name(step)
+        except OSError as error:
+            return None, self._unwritten(step, error)
+        if step in found and not force:
+            return None, None
+        if step < max(found, default=step):
+            return None, (
+                f"{self._dir} holds a checkpoint of step {max(found)}, later than step {step}: "
+                "restore from it, remove it or use another directory"
+            )
+        return name, None
+
+    def _agreed(self) -> dict[int, str]:
+        """Directory names of the complete checkpoints by step, as process 0 sees them."""
+        names = [(step, path.name) for step, path in self._files.found().items()]
+        return dict(_storage.from_all(names)[0])
+
+    def _read(self, step: int, path: Path, state_like: Any) -> tuple[Any, Any, Any]:
+        where = f"checkpoint of step {step} in {self._dir}"
+        meta, problem = read_marker(path)
+        if problem := next(filter(None, _storage.from_all(problem)), None):
+            raise CorruptCheckpointError(f"{where} is corrupt: {problem}")
+        flat = _storage.flatten(state_like)
+        if problem := self._mismatch(meta, flat):
+            raise CheckpointError(f"{where} {problem}")
+        abstract = {key: _storage.abstract(leaf) for key, leaf in flat.items() if _stored(leaf)}
+        try:
+            with self._context:
+                values = ocp.load(str(path), abstract or _NOTHING)
+        except Exception as error:
+            raise CheckpointError(f"{where} could not be read: {_line(error)}") from error
+        leaves = [_storage.unpack(values.get(key), leaf) for key, leaf in flat.items()]
+        data, extra = _storage.loads(json.dumps([meta["data_state"], meta["extra"]]))
+        position = data[jax.process_index() if len(data) == jax.process_count() else 0]
+        return jax.tree.unflatten(jax.tree.structure(state_like), leaves), position, extra
+
+    def _mismatch(self, meta: dict[str, Any], flat: dict[str, Any]) -> str | None:
+        """What forbids using a checkpoint in this run, as half a sentence."""
+        if meta["format"] > _FORMAT:
+            return f"was written by a newer jaxcomm ({meta['jaxcomm']}, this one is {_version()})"
+        ours, theirs = self._workers, meta["workers"]
+        if None not in (ours, theirs) and ours != theirs:
+            return (
+                f"was written by {theirs} workers, this run has {ours}: restore it with "
+                f"{theirs} and use resize_workers(state, {ours})"
+            )
+        problem = None
+        if self._config is not None and meta["config"] is not None:
+            problem = _storage.config_difference(meta["config"], self._config)
+        positions, processes = meta["data_state"], jax.process_count()
+        if (
+            not problem
+            and len(positions) != processes
+            and any(p != positions[0] for p in positions)
+        ):
+            problem = f"holds {len(positions)} data positions, this run has {processes} processes"
+        return problem or _storage.layout_difference(meta["layout"], _storage.layout(flat))
+
+    def _unwritten(self, step: int, error: Exception) -> str:
+        return f"checkpoint of step {step} could not be written to {self._dir}: {_line(error)}"
+
+
+_NOTHING = {"": np.zeros(1)}  # Orbax refuses an empty tree
+
+
+class _Quiet(std_logging.Filter):
+    """Drops Orbax's log lines (what it raises is raised here) unless absl logs for debugging."""
+
+    def filter(self, record: std_logging.LogRecord) -> bool:
+        return "/orbax/checkpoint/" not in Path(record.pathname).as_posix() or logging.level_debug()
+
+
+def _stored(leaf: Any) -> bool:
+    return _storage.data_spec(leaf).size > 0
+
+
+def _writable(directory: str | os.PathLike[str]) -> Path:
+    if "://" in str(directory):
+        raise CheckpointError(f"checkpoints need a mounted file system, got {directory}")
+    path = Path(directory).absolute()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if not os.access(path, os.W_OK | os.X_OK):
+            raise PermissionError("permission denied")
+    except OSError as error:
+        reason = error.strerror or error
+        raise CheckpointError(f"cannot write checkpoints to {path}: {reason}") from error
+    return path
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("jaxcomm")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def _line(error: Exception) -> str:
+    """The first line of an error's message."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
