@@ -31,7 +31,6 @@ _SMOKE: dict[str, dict[str, Any]] = {
     "digits": {"model": {"channels": (8, 16), "hidden": 32}},
     "cifar10": {"model": {"channels": (8, 16, 16), "hidden": 32}},
     "lm": {
-        "max_bytes": 4_000_000,
         "seq_len": 64,
         "validation_windows": 128,
         "model": {"num_layers": 2, "width": 64, "num_heads": 2},

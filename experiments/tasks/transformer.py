@@ -63,7 +63,10 @@ class Transformer(nnx.Module):
         types = {"dtype": dtype, "param_dtype": param_dtype}
         std = width**-0.5
         init = initializers.normal(std)
-        self.embed = nnx.Embed(vocab_size, width, embedding_init=init, rngs=rngs, **types)
+        # Tokens outweigh positions at first: that learns faster. An embedding that is the output
+        # layer too must start smaller, or the first logits would be large.
+        tokens = init if tie else initializers.normal(1.0)
+        self.embed = nnx.Embed(vocab_size, width, embedding_init=tokens, rngs=rngs, **types)
         self.positions = nnx.Embed(seq_len, width, embedding_init=init, rngs=rngs, **types)
         residual_std = std * (2 * num_layers) ** -0.5  # keeps the variance of x over the depth
         self.blocks = nnx.Dict(
@@ -73,11 +76,11 @@ class Transformer(nnx.Module):
             }
         )
         self.norm = nnx.RMSNorm(width, rngs=rngs, **types)
-        self.head = (
-            None
-            if tie
-            else nnx.Linear(width, vocab_size, use_bias=False, kernel_init=init, rngs=rngs, **types)
-        )
+        self.tie = tie
+        if not tie:
+            self.head = nnx.Linear(
+                width, vocab_size, use_bias=False, kernel_init=init, rngs=rngs, **types
+            )
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Tokens (B, L) to float32 logits (B, L, vocab_size)."""
@@ -85,5 +88,5 @@ class Transformer(nnx.Module):
         for block in self.blocks.values():
             x = block(x)
         x = self.norm(x)
-        logits = self.embed.attend(x) if self.head is None else self.head(x)
+        logits = self.embed.attend(x) if self.tie else self.head(x)
         return logits.astype(jnp.float32)
