@@ -2,6 +2,7 @@
 
 from jaxcomm.compressors import *  # noqa: F403
 from jaxcomm.sync import *  # noqa: F403
+from jaxcomm.traffic import *  # noqa: F403
 from jaxcomm.training import *  # noqa: F403
 from jaxcomm.transforms import *  # noqa: F403
 
