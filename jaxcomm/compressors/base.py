@@ -17,13 +17,15 @@ Payload = dict[str, jax.Array]
 class Compressor(abc.ABC):
     """A codec for flat float32 vectors; instances are frozen dataclasses (hashable, comparable).
 
-    Exactly one theory constant is not None:
+    The theory constants are None where no bound holds for all vectors (expectations are over keys):
       alpha(size): contraction,  E||C(v) - v||^2 <= (1 - alpha) ||v||^2,
       omega(size): variance of an unbiased codec,  E C(v) = v,  E||C(v) - v||^2 <= omega ||v||^2.
     """
 
-    #: True when every worker must draw with the same key (shared masks or shifts).
-    shared_key: bool = False
+    @property
+    def shared_key(self) -> bool:
+        """True when every worker must draw with the same key (shared masks or shifts)."""
+        return False
 
     @abc.abstractmethod
     def encode(self, x: jax.Array, key: jax.Array | None = None) -> Payload:

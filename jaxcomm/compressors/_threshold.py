@@ -1,0 +1,136 @@
+"""Top-k by a sampled threshold: one pass over the vector and no selection over all of it.
+
+The threshold is the magnitude that a strided sample ranks at the wanted fraction (Deep Gradient
+Compression's rule: stride = 1 mod 32, random start); what reaches it is sent in a fixed number of
+slots, k = ceil(fraction d). Too few hits leave slots empty (value 0). Of too many, every
+(hits/k)-th in memory order is sent, so that no part of the vector is favoured.
+Source: Lin et al., Deep Gradient Compression, arXiv 1712.01887 (hits beyond k: ours).
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxcomm.compressors import packing
+from jaxcomm.compressors.base import Payload
+from jaxcomm.compressors.sparse import Sparsifier, check_fraction_or_k, kept
+
+_BLOCK = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class ThresholdTopK(Sparsifier):
+    """See `threshold_top_k`."""
+
+    fraction: float
+    sample: float
+
+    def count(self, size: int) -> int:
+        return kept(self.fraction, None, size)
+
+    def select(self, x: jax.Array, key: jax.Array | None = None) -> tuple[jax.Array, Payload]:
+        size = x.shape[0]
+        bits = packing.index_bits(size)
+        if size == 0:
+            return x, {"indices": packing.pack(jnp.zeros((0,), jnp.uint32), bits)}
+        words = mask_words(jnp.abs(x) >= self._threshold(x, key))
+        slots, hits = self.count(size), lax.population_count(words).astype(jnp.int32).sum()
+        rank = spread(jnp.arange(slots, dtype=jnp.int32), hits, slots)
+        used = rank < hits
+        where = jnp.where(used, positions_of(words, rank), 0)
+        return jnp.where(used, x[where], 0.0), {"indices": packing.pack(where, bits)}
+
+    def _threshold(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
+        size = x.shape[0]
+        # At least 64 sampled values above the threshold: its rank is then good to some 12 %.
+        wanted = min(size, max(1, round(self.sample * size), round(64 / self.fraction)))
+        stride = max(1, (size // wanted - 1) // 32 * 32 + 1)
+        taken = size // stride
+        start = 0 if key is None else jax.random.randint(key, (), 0, stride)
+        sampled = jnp.abs(x[start + stride * jnp.arange(taken, dtype=jnp.int32)])
+        return lax.top_k(sampled, max(1, round(self.fraction * taken)))[0][-1]
+
+    def positions(self, metadata: Payload, size: int) -> jax.Array:
+        bits = packing.index_bits(size)
+        return packing.unpack(metadata["indices"], bits, self.count(size)).astype(jnp.int32)
+
+
+def mask_words(mask: jax.Array) -> jax.Array:
+    """The mask as bits, little-endian, in uint32 words of shape (blocks, 32)."""
+    data = packing.pack(mask, 1)
+    data = jnp.pad(data, (0, -data.shape[0] % (_BLOCK // 8)))
+    return lax.bitcast_convert_type(data.reshape(-1, _BLOCK // 32, 4), jnp.uint32)
+
+
+def positions_of(words: jax.Array, rank: jax.Array) -> jax.Array:
+    """int32 positions of the set bits of these ranks (0 is the first); ranks beyond are clipped.
+
+    Found from counts of blocks, of words and of halves of a word: no prefix sum over the vector.
+    """
+    counts = lax.population_count(words).astype(jnp.int32)
+    in_block = counts.sum(1)
+    ends = jnp.cumsum(in_block)
+    block = jnp.minimum(jnp.searchsorted(ends, rank, side="right"), words.shape[0] - 1)
+    rank = rank - (ends - in_block)[block]
+    upto = jnp.cumsum(counts[block], axis=1)
+    word = jnp.minimum((upto <= rank[:, None]).sum(1), words.shape[1] - 1)
+    at = lambda table: jnp.take_along_axis(table, word[:, None], axis=1)[:, 0]
+    rank = rank - (at(upto) - at(counts[block]))
+    bit = _select_bit(at(words[block]), rank)
+    return (block.astype(jnp.int32) * words.shape[1] + word.astype(jnp.int32)) * 32 + bit
+
+
+def _select_bit(word: jax.Array, rank: jax.Array) -> jax.Array:
+    """Position of the set bit of this rank in a uint32, by halving."""
+    position = jnp.zeros_like(rank)
+    for half in (16, 8, 4, 2, 1):
+        low = word & jnp.uint32((1 << half) - 1)
+        below = lax.population_count(low).astype(jnp.int32)
+        up = rank >= below
+        rank = jnp.where(up, rank - below, rank)
+        word = jnp.where(up, word >> half, low)
+        position = position + jnp.where(up, half, 0)
+    return position
+
+
+def spread(slot: jax.Array, hits: jax.Array, slots: int) -> jax.Array:
+    """Ranks of the hits to send: all when they fit, else evenly spread, strictly increasing."""
+    times, rest = jnp.maximum(hits, slots) // slots, jnp.maximum(hits, slots) % slots
+    # int32 products would overflow; float32 ones are monotone, which is all that is needed.
+    extra = slot.astype(jnp.float32) * (rest.astype(jnp.float32) / slots)
+    return slot * times + jnp.floor(extra).astype(jnp.int32)
+
+
+def threshold_top_k(fraction: float, *, sample: float = 0.01) -> ThresholdTopK:
+    r"""Keeps what exceeds a threshold estimated on a sample, in at most ceil(fraction * d) slots.
+
+    The cheap form of `top_k` for long vectors. The number of hits is random (some 12 % off with
+    the smallest sample): with fewer than k hits these are exactly the largest coordinates and the
+    other slots travel empty; with more, an even share of them is sent. There is no worst-case
+    contraction constant: it depends on how well the sample represents the vector.
+
+    Args:
+      fraction: Slots and expected hits per coordinate; in (0, 1].
+      sample: Share of the vector in the sample; at least 64 / fraction values are taken.
+
+    Returns:
+      A compressor of as many bytes as `top_k(fraction)`. A key makes the sample start at random;
+      without one it starts at the first coordinate.
+
+    Raises:
+      ValueError: If `fraction` or `sample` is not in (0, 1].
+
+    Example:
+      >>> import jaxcomm.compressors as compressors
+      >>> compressors.threshold_top_k(0.01).payload_bytes(10_000)
+      575
+
+    References:
+      Lin et al., Deep Gradient Compression, arXiv 1712.01887.
+    """
+    check_fraction_or_k("threshold_top_k", fraction, None)
+    if not 0.0 < sample <= 1.0:
+        raise ValueError(f"threshold_top_k: sample must be in (0, 1], got {sample}")
+    return ThresholdTopK(fraction, sample)
