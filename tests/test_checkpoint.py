@@ -150,15 +150,18 @@ def test_save_returns_before_the_arrays_may_be_donated(tmp_path):
     values = np.random.default_rng(0).normal(size=(8, 200_000)).astype(np.float32)
     state = {"sharded": place(values, P("workers")), "replicated": place(values[0], P())}
     state["single"] = jnp.array(values)
-    like = abstract(state)
+    host = values.copy()
+    like = abstract(state) | {"host": host}
     with Checkpointer(tmp_path) as checkpointer:
-        checkpointer.save(1, state, data_state=None)
+        checkpointer.save(1, state | {"host": host}, data_state=None)
+        host[:] = 0
         for _ in range(5):
             state = step(state)
         restored, *_ = checkpointer.restore(like)
     np.testing.assert_array_equal(restored["sharded"], values)
     np.testing.assert_array_equal(restored["replicated"], values[0])
     np.testing.assert_array_equal(restored["single"], values)
+    np.testing.assert_array_equal(restored["host"], values)
 
 
 def test_a_restored_state_does_not_compile_the_step_again(tmp_path):
@@ -252,6 +255,7 @@ def test_a_directory_without_its_marker_is_no_checkpoint(tmp_path):
     saved(tmp_path, 1, 2)
     (tmp_path / "2" / "jaxcomm.json").unlink()
     (tmp_path / "3").mkdir()
+    (tmp_path / "4.orbax-checkpoint-tmp").mkdir()
     with Checkpointer(tmp_path) as checkpointer:
         assert checkpointer.restore(small(0))[1] == 1
         checkpointer.save(2, small(5), data_state="again")
@@ -304,6 +308,15 @@ def test_any_flipped_byte_is_noticed_or_harmless(tmp_path):
                 checkpointer.restore(small(0))
             file.write_bytes(good)
         assert_same(checkpointer.restore(small(0))[0], small(10))
+
+
+def test_a_changed_data_position_is_noticed(tmp_path):
+    saved(tmp_path, 10)
+    marker = tmp_path / "10" / "jaxcomm.json"
+    text = marker.read_text()
+    assert '"data_state": [10]' in text
+    marker.write_text(text.replace('"data_state": [10]', '"data_state": [18]'))
+    assert refusal(tmp_path, step=10).endswith("jaxcomm.json does not match its checksum")
 
 
 def test_when_all_are_damaged_nothing_is_used(tmp_path):
