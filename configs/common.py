@@ -1,0 +1,49 @@
+"""What the configs share: every field, with its default.
+
+    tx, sync     Python expressions over jaxcomm's public names and optax.*, with axis_name,
+                 learning_rate, steps, warmup_steps and workers in scope
+    mode         devices (shard_map), simulate (vmap on one device) or pmap
+"""
+
+import ml_collections
+
+from experiments.tasks import task_config
+
+
+def base(task: str, argument: str | None) -> ml_collections.ConfigDict:
+    """A complete config for a task; `argument` is '' or 'smoke' (a few seconds)."""
+    if argument not in (None, "", "smoke"):
+        raise ValueError(f"the only config argument is 'smoke', got {argument!r}")
+    smoke = argument == "smoke"
+    config = ml_collections.ConfigDict()
+    config.task = task_config(task, "smoke" if smoke else "default")
+    config.seed = 0
+    config.workers = 4 if smoke else 8
+    config.mode = "devices"
+    config.axis_name = "workers"
+    config.steps = 20 if smoke else 1000
+    config.batch_size = 64 if smoke else 128  # global, over all workers
+    config.learning_rate = ml_collections.ConfigDict(
+        {"peak": 2e-3, "init": 0.0, "end": 0.0, "warmup_steps": 2 if smoke else 20}
+    )
+    config.learning_rate.decay = "cosine"
+    config.tx = ""
+    config.sync = ""
+    config.log_every = 5 if smoke else 50
+    config.evaluate_every = 0 if smoke else 250
+    config.checkpoint_every = 10 if smoke else 250
+    config.keep = 3
+    return config
+
+
+def digits(argument: str | None = None) -> ml_collections.ConfigDict:
+    """Handwritten digits, a small convolutional network; 8 workers with 16 images each."""
+    return base("digits", argument)
+
+
+def lm(argument: str | None = None) -> ml_collections.ConfigDict:
+    """Byte-level language model on the standard library's source; 8 workers."""
+    config = base("lm", argument)
+    config.learning_rate.peak = 3e-3
+    config.steps = 60 if argument == "smoke" else 600
+    return config

@@ -1,0 +1,191 @@
+"""Trains a model with a communication method on simulated or real workers; the main job.
+
+    python -m experiments.train --config=configs/digits_ef21.py [--config.steps=500] [--workdir=DIR]
+
+Writes WORKDIR/metrics.jsonl, summary.json, checkpoints and TensorBoard events. Started again, an
+interrupted run goes on from its last checkpoint bit for bit, and a finished one does nothing.
+"""
+
+import json
+import logging as std_logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from experiments.expressions import evaluate as expression
+from experiments.schedules import learning_rate
+from experiments.tasks import make_task
+from jaxcomm.training.checkpoint import Checkpointer
+from jaxcomm.training.distributed import initialize
+from jaxcomm.training.loop import train_loop
+from jaxcomm.training.metrics import MetricsLogger, device_arithmetic, prepare_workdir
+from jaxcomm.training.step import TrainStep, make_train_step
+
+MODES = ("devices", "simulate", "pmap")
+# may differ between two parts of one run
+FREE = ("checkpoint_every", "keep", "log_every", "evaluate_every", "mode")
+COUNTER = "JAXCOMM_COUNTER"
+
+
+def make_step(config: ml_collections.ConfigDict, loss_fn) -> TrainStep:
+    """The train step that the config describes; see `configs/common.py` for its fields."""
+    if config.mode not in MODES:
+        raise ValueError(f"config.mode must be one of {', '.join(MODES)}, got {config.mode!r}")
+    scope = {
+        "axis_name": config.axis_name,
+        "learning_rate": learning_rate(config),
+        "steps": config.steps,
+        "warmup_steps": config.learning_rate.warmup_steps,
+        "workers": config.workers,
+    }
+    tx = expression(config.tx, "config.tx", **scope)
+    sync = expression(config.sync, "config.sync", **scope) if config.sync else None
+    way: dict[str, Any] = {"simulate": config.workers}
+    if config.mode != "simulate":
+        _check_devices(config)
+        way = {"pmap": config.workers} if config.mode == "pmap" else {"mesh": _mesh(config)}
+    return make_train_step(loss_fn, tx, axis_name=config.axis_name, sync=sync, **way)
+
+
+def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
+    """Runs the training that the config describes and returns its summary."""
+    if done := _finished(config, workdir):
+        return done
+    if config.batch_size % config.workers:
+        raise ValueError(
+            f"config.batch_size={config.batch_size} is not divisible by "
+            f"config.workers={config.workers}"
+        )
+    prepare_workdir(workdir)
+    task = make_task(config)
+    step = make_step(config, task.loss_fn)
+    params = jax.device_get(task.init(jax.random.key(config.seed)))
+    state = step.init(params, jax.random.key(config.seed + 1))
+    data = task.train_iterator(
+        config.batch_size, config.seed, jax.process_index(), jax.process_count()
+    )
+    main = jax.process_index() == 0
+    counter = _counter()
+    with (
+        Checkpointer(
+            Path(workdir) / "checkpoints",
+            config=_fixed(config),
+            workers=config.workers,
+            keep=config.keep,
+        ) as checkpointer,
+        MetricsLogger(workdir, total_steps=config.steps, is_main=main) as logger,
+    ):
+        run = train_loop(
+            step,
+            state,
+            data,
+            steps=config.steps,
+            logger=logger,
+            checkpointer=checkpointer,
+            log_every=config.log_every,
+            checkpoint_every=config.checkpoint_every,
+            evaluate=task.evaluate,
+            evaluate_every=config.evaluate_every,
+        )
+        if run.interrupted:
+            logging.info("stopped at step %d by SIGTERM; the state is saved", int(run.state.step))
+            sys.exit(128 + 15)
+        summary = {
+            "steps": config.steps,
+            "workers": config.workers,
+            **task.evaluate(step.consensus(run.state)),
+            "sent_bytes": run.sent_bytes,
+            "seconds": run.seconds,
+            "skipped": int(run.state.skipped.sum()),
+            **({} if counter is None else {"counter_bytes": _counter() - counter}),
+            "task": task.metadata,
+            "device": device_arithmetic(),
+            "config": config.to_dict(),
+        }
+        logger.summary(summary)
+    return summary
+
+
+def _fixed(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """The part of the config that must not change within a run."""
+    return {k: v for k, v in config.to_dict().items() if k not in FREE}
+
+
+def _finished(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any] | None:
+    path = Path(workdir) / "summary.json"
+    if not path.exists():
+        return None
+    summary = json.loads(path.read_text())
+    same = json.loads(json.dumps(_fixed(config), default=list))
+    old = {k: v for k, v in summary.get("config", {}).items() if k not in FREE}
+    if old != same:
+        names = sorted(k for k in old.keys() | same.keys() if old.get(k) != same.get(k))
+        raise ValueError(
+            f"{workdir} holds a finished run of another config (it differs in "
+            f"{', '.join(names)}): give another --workdir"
+        )
+    logging.info("%s is finished: nothing to do", workdir)
+    return summary
+
+
+def _counter() -> int | None:
+    path = os.environ.get(COUNTER)
+    return int(Path(path).read_text()) if path else None
+
+
+def _check_devices(config: ml_collections.ConfigDict) -> None:
+    if jax.device_count() < config.workers or config.workers % jax.process_count():
+        raise ValueError(
+            f"config.mode={config.mode!r} with config.workers={config.workers} does not fit "
+            f"{jax.device_count()} devices in {jax.process_count()} processes; "
+            "--config.mode=simulate runs any number of workers on one"
+        )
+
+
+def _mesh(config: ml_collections.ConfigDict) -> jax.sharding.Mesh:
+    share = config.workers // jax.process_count()
+    devices = [
+        d
+        for i in range(jax.process_count())
+        for d in [d for d in jax.devices() if d.process_index == i][:share]
+    ]
+    return jax.sharding.Mesh(
+        devices, (config.axis_name,), axis_types=(jax.sharding.AxisType.Auto,)
+    )
+
+
+def setup_devices(config: ml_collections.ConfigDict) -> None:
+    """As many CPU devices as this process has workers, before JAX starts."""
+    processes = int(os.environ.get("JAXCOMM_PROCESSES", "1"))
+    if config.mode in ("devices", "pmap") and "JAX_NUM_CPU_DEVICES" not in os.environ:
+        jax.config.update("jax_num_cpu_devices", max(1, config.workers // processes))
+
+
+def default_workdir(config_flag: str) -> str:
+    """runs/<config name>, with the argument behind the colon if there is one."""
+    path, _, argument = config_flag.partition(":")
+    return os.path.join("runs", Path(path).stem + (f"_{argument}" if argument else ""))
+
+
+def main(_: list[str]) -> None:
+    std_logging.getLogger("jax").setLevel(std_logging.WARNING)
+    config = FLAGS.config
+    setup_devices(config)
+    initialize()
+    workdir = FLAGS.workdir or default_workdir(config_flags.get_config_filename(FLAGS["config"]))
+    train_and_evaluate(config, workdir)
+
+
+FLAGS = flags.FLAGS
+
+if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", None, "Config file.", lock_config=True)
+    flags.DEFINE_string("workdir", None, "Where results go; default runs/<config name>.")
+    flags.mark_flag_as_required("config")
+    app.run(main)

@@ -1,0 +1,162 @@
+"""The loop: steps, metrics, checkpoints; stops at SIGTERM, goes on where it stopped.
+
+Everything that decides the trajectory (state, data position, bytes sent so far) is in the
+checkpoint, so that N steps equal k steps, a kill, and N - k more, bit for bit.
+"""
+
+import signal
+import threading
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from jaxcomm.traffic import traffic
+from jaxcomm.training.checkpoint import Checkpointer
+from jaxcomm.training.metrics import MetricsLogger, Stopwatch
+from jaxcomm.training.step import TrainState, TrainStep
+from jaxcomm.training.workers import Place
+
+
+class Run(NamedTuple):
+    """How a loop ended."""
+
+    state: TrainState
+    sent_bytes: float  # by one worker, since step 0
+    seconds: float  # wall time since the first step ended, earlier parts of the run included
+    interrupted: bool  # by SIGTERM: the state is saved
+
+
+def train_loop(
+    step: TrainStep,
+    state: TrainState,
+    data,
+    *,
+    steps: int,
+    logger: MetricsLogger,
+    checkpointer: Checkpointer | None = None,
+    log_every: int = 10,
+    checkpoint_every: int = 0,
+    evaluate: Callable[[Any], dict[str, float]] | None = None,
+    evaluate_every: int = 0,
+) -> Run:
+    """Trains up to `steps` steps, from the last checkpoint if there is one.
+
+    Args:
+      step: the train step.
+      state: its initial state (also the pattern for restoring).
+      data: iterator over this process's share of global batches, with `get_state`/`set_state`.
+      steps: last step.
+      logger: where metrics go.
+      checkpointer: saves every `checkpoint_every` steps, at the end, and on SIGTERM.
+      log_every: steps between two lines of metrics.
+      checkpoint_every: steps between two saves; 0 saves at the end only.
+      evaluate: validation metrics of one parameter tree, logged every `evaluate_every` steps.
+      evaluate_every: steps between two evaluations; 0 for none.
+    """
+    account, clock, seconds = Account(step), Stopwatch(), 0.0
+    if checkpointer is not None and checkpointer.latest() is not None:
+        state, position, extra = checkpointer.restore(state)
+        data.set_state(position)
+        account.total, seconds = extra["sent_bytes"], extra["seconds"]
+        clock = Stopwatch(seconds)
+    done = int(state.step)
+    logger.truncate(done)
+
+    def save():
+        if checkpointer is not None:
+            extra = {"sent_bytes": account.settle(), "seconds": seconds}
+            checkpointer.save(done, state, data_state=data.get_state(), extra=extra)
+
+    with _StopSignal() as stop:
+        while done < steps:
+            batch = put_batch(step, next(data))
+            account.see(state, batch)
+            state, metrics = step(state, batch)
+            done += 1
+            account.add(metrics)
+            if done == 1:
+                jax.block_until_ready(metrics)  # the clock starts when the first step has ended
+            seconds = clock()
+            last = done == steps
+            values = {}
+            if done % log_every == 0 or last:
+                values = _line(metrics, state, account, seconds, done)
+            if evaluate and evaluate_every and done % evaluate_every == 0:
+                values |= evaluate(step.consensus(state))
+            if values:
+                logger.log(done, values)
+            stopping = stop.requested(done)
+            if last or stopping or (checkpoint_every and done % checkpoint_every == 0):
+                save()
+            if stopping and not last:
+                break
+    if checkpointer is not None:
+        checkpointer.wait()
+    return Run(state, account.settle(), seconds, done < steps)
+
+
+class Account:
+    """Bytes one worker has sent, from the traced program and the branches that really ran."""
+
+    def __init__(self, step: TrainStep):
+        self.total = 0.0
+        self._step, self._traffic, self._branches = step, None, []
+
+    def see(self, state: TrainState, batch) -> None:
+        """Traces the step, once."""
+        if self._traffic is None:
+            self._traffic = traffic(self._step, state, batch)
+
+    def add(self, metrics: dict) -> None:
+        """Counts a step."""
+        assert self._traffic is not None
+        if self._traffic.choices:
+            self._branches.append(metrics["branches"])
+        else:
+            self.total += self._traffic.every_step_bytes
+
+    def settle(self) -> float:
+        """The total so far, bytes; waits for the steps whose branches are not known yet."""
+        for branches in self._branches:
+            self.total += self._traffic.step_bytes(np.asarray(branches))
+        self._branches = []
+        return self.total
+
+
+def put_batch(step: TrainStep, batch):
+    """This process's rows as part of the global batch (a no-op with one process)."""
+    sharding = step.workers.sharding(Place.SPLIT)
+    if jax.process_count() == 1 or sharding is None:
+        return batch
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+
+
+def _line(metrics: dict, state: TrainState, account: Account, seconds: float, done: int) -> dict:
+    shown = {k: np.asarray(v) for k, v in metrics.items() if k != "branches"}
+    values = {k: v.item() for k, v in shown.items() if v.size == 1}
+    meetings = getattr(state.sync_state, "sync_step", done)
+    figures = {"sent_bytes": account.settle(), "seconds": seconds, "sync_step": int(meetings)}
+    return {**values, **figures}
+
+
+class _StopSignal:
+    """SIGTERM asks for a stop at the next step; several processes agree on which one."""
+
+    def __enter__(self):
+        self._asked = threading.Event()
+        self._old = None
+        if threading.current_thread() is threading.main_thread() and jax.process_count() == 1:
+            self._old = signal.signal(signal.SIGTERM, lambda *_: self._asked.set())
+        return self
+
+    def __exit__(self, *_):
+        if self._old is not None:
+            signal.signal(signal.SIGTERM, self._old)
+
+    def requested(self, done: int) -> bool:
+        if jax.process_count() > 1:
+            return multihost_utils.reached_preemption_sync_point(done)
+        return self._asked.is_set()
