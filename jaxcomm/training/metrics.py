@@ -194,14 +194,15 @@ def human_bytes(n: float) -> str:
 def device_arithmetic() -> dict[str, Any]:
     """What the figures of this process were computed with."""
     device = jax.devices()[0]
+    config: Any = jax.config  # its flags are attributes that type checkers do not see
     return {
         "platform": device.platform,
         "device_kind": device.device_kind,
         "devices": jax.device_count(),
         "processes": jax.process_count(),
         "jax": jax.__version__,
-        "default_matmul_precision": jax.config.jax_default_matmul_precision or "default",
-        "x64": bool(jax.config.jax_enable_x64),
+        "default_matmul_precision": config.jax_default_matmul_precision or "default",
+        "x64": bool(config.jax_enable_x64),
     }
 
 
