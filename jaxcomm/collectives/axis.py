@@ -14,6 +14,11 @@ from jax._src import core as _core  # no public way to list the bound axes or th
 AxisName = str | tuple[str, ...]
 
 
+def bound() -> tuple[str, ...]:
+    """The names of the axes in scope."""
+    return tuple(_core.get_axis_env().axis_names())
+
+
 def axes(axis_name: AxisName) -> tuple[str, ...]:
     """The axis names as a tuple, after checking that each is bound here.
 
@@ -21,10 +26,9 @@ def axes(axis_name: AxisName) -> tuple[str, ...]:
       ValueError: an axis is not bound; names the axes that are.
     """
     names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
-    bound = _core.get_axis_env().axis_names()
     for name in names:
-        if name not in bound:
-            scope = ", ".join(map(repr, bound)) or "none"
+        if name not in bound():
+            scope = ", ".join(map(repr, bound())) or "none"
             raise ValueError(
                 f"axis_name={name!r} is not bound here (axes in scope: {scope}): call this inside "
                 "jax.shard_map, jax.pmap or jax.vmap with that axis_name"

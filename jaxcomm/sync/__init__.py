@@ -1,7 +1,8 @@
 """When replicas meet, and how."""
 
-from jaxcomm.sync._periodic import PeriodicState, SyncRule, diloco, local_sgd, periodic
-from jaxcomm.sync._schedules import every, post_local, power_rule, qsr, sync_steps
+from jaxcomm.sync._periodic import PeriodicState, diloco, local_sgd, periodic
+from jaxcomm.sync._rule import SyncRule
+from jaxcomm.sync._schedules import every, post_local, power_rule, qsr, swap, sync_steps
 
 __all__ = [
     "PeriodicState",
@@ -13,5 +14,6 @@ __all__ = [
     "post_local",
     "power_rule",
     "qsr",
+    "swap",
     "sync_steps",
 ]

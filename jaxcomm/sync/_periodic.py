@@ -13,30 +13,18 @@ result: local SGD. A chain must end in an optimizer, whose update already points
 Sources: Stich 2019 (local SGD, arXiv 1805.09767); Douillard et al. 2023 (DiLoCo, arXiv 2311.08105).
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from jaxcomm.collectives import AxisName, cond
-from jaxcomm.collectives.axis import varying_axes
-from jaxcomm.sync._schedules import Schedule
-from jaxcomm.sync._schedules import every as every_steps
+from jaxcomm.sync._moments import Moments, at_meetings
+from jaxcomm.sync._outer import downhill
+from jaxcomm.sync._rule import SyncRule, adopt, check_replicated, displacement, float32
+from jaxcomm.sync._schedules import Schedule, as_schedule, check_total_steps, round_end
 from jaxcomm.transforms._average import average
-from jaxcomm.transforms.common import Communication
-
-
-class SyncRule(NamedTuple):
-    """A pair of pure functions, called once after every local step.
-
-    `apply(params, state, step) -> (params, state)`; `step` (int32) counts the local steps done.
-    Meetings are gated by a conditional: no bytes move on the other steps.
-    """
-
-    init: Callable[[optax.Params], Any]
-    apply: Callable[[optax.Params, Any, jax.Array], tuple[optax.Params, Any]]
 
 
 class PeriodicState(NamedTuple):
@@ -52,78 +40,84 @@ def periodic(
     outer: optax.GradientTransformation,
     every: Schedule | int,
     *,
+    moments: Moments = "local",
     total_steps: int | None = None,
 ) -> SyncRule:
     """Meets as the schedule says and moves the anchor by the outer transform.
 
+    The outer chain is given `local_step` as an extra argument; its own counters count meetings.
+
     Args:
       outer: a jaxcomm communication, or an Optax chain that contains one and ends in an optimizer.
       every: a schedule (`every`, `qsr`, ...), or a number of local steps.
-      total_steps: length of the training; the last round ends there.
+      moments: inner optimizer states at a meeting: 'local' (kept), `average(axis_name)`, or 'reset'
+        (fresh, but for the counters of learning-rate schedules).
+      total_steps: length of the training; the last round ends there. Without it a training may
+        end between meetings.
 
     Returns:
       A SyncRule for `make_train_step(..., sync=)`.
 
     Raises:
-      ValueError: a round of less than one step; at trace time, an outer chain that does not
-        average over workers.
-    """
-    schedule = every_steps(every) if isinstance(every, int) else every
-    if total_steps is not None and total_steps < 1:
-        raise ValueError(f"periodic: total_steps must be at least 1, got {total_steps}")
-    # a bare communication keeps the direction of its input: subtract it
-    chain = optax.chain(outer, optax.scale(-1.0)) if isinstance(outer, Communication) else outer
-    chain = optax.with_extra_args_support(chain)
+      ValueError: a round of less than one step; an outer chain that does not average over workers
+        or does not end in an optimizer (some chains are only found out when they are traced).
 
-    def round_end(step):
-        end = step + jnp.maximum(jnp.asarray(schedule(step), jnp.int32), 1)
-        return end if total_steps is None else jnp.minimum(end, jnp.maximum(total_steps, step + 1))
+    Example:
+      >>> import optax, jaxcomm
+      >>> ef = jaxcomm.error_feedback(jaxcomm.top_k(0.01), "workers")
+      >>> rule = jaxcomm.periodic(optax.chain(ef, optax.sgd(0.7, momentum=0.9)), every=30)
+    """
+    schedule = as_schedule(every, "periodic")
+    check_total_steps(total_steps, "periodic")
+    chain = downhill(outer, "periodic")
 
     def init_fn(params):
-        anchor = jax.tree.map(_float32, params)
+        anchor = float32(params)
         zero = jnp.zeros((), jnp.int32)
-        return PeriodicState(anchor, chain.init(anchor), round_end(zero), zero)
+        return PeriodicState(
+            anchor, chain.init(anchor), round_end(schedule, zero, total_steps), zero
+        )
 
     def apply_fn(params, state, step):
         def meet(params, state):
-            displacement = jax.tree.map(lambda z, x: z - _float32(x), state.anchor, params)
-            updates, inner = chain.update(displacement, state.outer, state.anchor)
+            updates, outer = chain.update(
+                displacement(state.anchor, params), state.outer, state.anchor, local_step=step
+            )
             anchor = optax.apply_updates(state.anchor, updates)
-            _check_replicated(anchor, state.anchor)
-            own = jax.tree.map(lambda z, x: z.astype(x.dtype), anchor, params)
-            return own, PeriodicState(anchor, inner, round_end(step), state.sync_step + 1)
+            check_replicated(anchor, state.anchor, "periodic")
+            next_sync = round_end(schedule, step, total_steps)
+            new = PeriodicState(anchor, outer, next_sync, state.sync_step + 1)
+            return adopt(anchor, params), new
 
-        stay = lambda params, state: (params, state)
-        return cond(step >= state.next_sync, meet, stay, params, state)
+        return cond(is_due(state, step), meet, lambda *same: same, params, state)
 
-    return SyncRule(init_fn, apply_fn)
-
-
-def _float32(x):
-    return jnp.asarray(x, jnp.float32)
+    return SyncRule(init_fn, apply_fn, moments=at_meetings(moments, is_due, "periodic"))
 
 
-def _check_replicated(new, old):
-    if any(varying_axes(a) - varying_axes(b) for a, b in zip(*map(jax.tree.leaves, (new, old)))):
-        raise ValueError(
-            "periodic: the outer chain does not average over the workers, so that their anchors "
-            "would drift apart; start it with jaxcomm.average(axis_name)"
-        )
+def is_due(state, step: jax.Array) -> jax.Array:
+    """Does the round end with this local step?"""
+    return step >= state.next_sync
 
 
 def local_sgd(
-    axis_name: AxisName, every: Schedule | int, *, total_steps: int | None = None
+    axis_name: AxisName,
+    every: Schedule | int,
+    *,
+    moments: str = "local",
+    total_steps: int | None = None,
 ) -> SyncRule:
     """Local SGD (with any inner optimizer): averages the parameters at the end of every round.
-
-    Inner optimizer states stay on their worker, neither averaged nor reset.
 
     Args:
       axis_name: name of the worker axis.
       every: a schedule or a number of local steps; `qsr(...)` gives the QSR method.
+      moments: inner optimizer states at a meeting: 'local' (kept), 'average' or 'reset'.
       total_steps: length of the training; the last round ends there.
     """
-    return periodic(average(axis_name), every, total_steps=total_steps)
+    mean = average(axis_name)
+    return periodic(
+        mean, every, moments=mean if moments == "average" else moments, total_steps=total_steps
+    )
 
 
 def diloco(

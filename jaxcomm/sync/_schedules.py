@@ -4,13 +4,16 @@
     power_rule       H = max(h_base, floor((coefficient / lr_t)^power))
     qsr              power_rule with power 2, the Quadratic Synchronization Rule
     post_local       H = 1 until `start`, then h
+    swap             the rounds of another schedule until `start`, then one round to the end
 
 lr_t is the learning rate at the round's first step; the clock is the local step. A round never
 goes past the last step of training. Source: Gu, Lyu, Arora, Zhang & Huang 2024, "A Quadratic
 Synchronization Rule for Distributed Deep Learning" (ICLR, arXiv 2310.14423); post-local SGD: Lin et
-al. 2018 (arXiv 1808.07217).
+al. 2018 (arXiv 1808.07217); SWAP: Gupta, Serrano & DeCoste 2020 (arXiv 2001.02312).
 """
 
+import functools
+import operator
 from collections.abc import Callable
 
 import jax
@@ -19,6 +22,7 @@ import numpy as np
 
 Schedule = Callable[[jax.Array], jax.Array]  # first step of a round, int32 -> H, int32
 _LONGEST = 2**30  # steps; also what a vanishing learning rate gives
+_SLACK = 1.0 + 2.0**-20  # 8 ulp: (0.3 / 0.1)^2 is 9 here, and 8.999999 in float32
 
 
 def every(h: int) -> Schedule:
@@ -66,10 +70,10 @@ def power_rule(
 
     def schedule(step):
         lr = jnp.asarray(rate(jnp.maximum(step, warmup_steps)), jnp.float32)
-        ratio = (coefficient / lr) ** power
-        return jnp.clip(jnp.floor(jnp.nan_to_num(ratio, posinf=_LONGEST)), h_base, _LONGEST).astype(
-            jnp.int32
-        )
+        length = jnp.floor((coefficient / lr) ** power * _SLACK)
+        # a rate of zero makes the length infinite, or 0/0 with coefficient 0
+        length = jnp.nan_to_num(length, nan=h_base, posinf=_LONGEST)
+        return jnp.clip(length, h_base, _LONGEST).astype(jnp.int32)
 
     return schedule
 
@@ -102,15 +106,81 @@ def post_local(start: int, h: int) -> Schedule:
     return lambda step: jnp.where(step < start, 1, h).astype(jnp.int32)
 
 
-def sync_steps(schedule: Schedule, n: int) -> list[int]:
+def swap(start: int, before: Schedule | int = 1) -> Schedule:
+    """SWAP: meets as `before` says until `start`, then once more, at the end of training.
+
+    The last round only ends if the sync rule knows `total_steps`.
+
+    Args:
+      start: local step after which workers stay apart.
+      before: schedule, or number of steps, of the rounds up to there.
+
+    Raises:
+      ValueError: start < 0, or rounds of less than one step.
+    """
+    if start < 0:
+        raise ValueError(f"swap: start must not be negative, got {start}")
+    rounds = as_schedule(before, "swap")
+
+    def schedule(step):
+        length = jnp.minimum(rounds(step), start - step)
+        return jnp.where(step < start, length, _LONGEST).astype(jnp.int32)
+
+    return schedule
+
+
+def as_schedule(value: Schedule | int, where: str) -> Schedule:
+    """The schedule itself, or rounds of that many steps.
+
+    Raises:
+      ValueError: a number below 1; TypeError: neither a schedule nor a whole number.
+    """
+    if callable(value):
+        return value
+    try:
+        h = operator.index(value)
+    except TypeError:
+        raise TypeError(
+            f"{where}: every must be a schedule or a number of steps, got {value!r}"
+        ) from None
+    if h < 1:
+        raise ValueError(f"{where}: a round needs at least one step, got every={h}")
+    return every(h)
+
+
+def round_end(schedule: Schedule, step: jax.Array, total_steps: int | None = None) -> jax.Array:
+    """The local step, int32, at which the round that starts at `step` ends.
+
+    With `total_steps` no round crosses it; a training that goes on beyond follows the schedule.
+    """
+    end = step + jnp.maximum(jnp.asarray(schedule(step), jnp.int32), 1)
+    if total_steps is None:
+        return end
+    return jnp.where(step < total_steps, jnp.minimum(end, total_steps), end)
+
+
+def check_total_steps(total_steps: int | None, where: str) -> None:
+    """Raises a ValueError for a training of less than one step."""
+    if total_steps is not None and total_steps < 1:
+        raise ValueError(f"{where}: total_steps must be at least 1, got {total_steps}")
+
+
+def sync_steps(schedule: Schedule | int, n: int) -> list[int]:
     """The steps after which replicas meet, for a training of n steps; the last one is n.
 
     Runs on the host; entry i is the number of local steps done at meeting i.
+
+    Example:
+      >>> import jaxcomm
+      >>> jaxcomm.sync_steps(jaxcomm.post_local(start=3, h=4), 9)
+      [1, 2, 3, 7, 9]
     """
-    lengths = np.asarray(jax.jit(schedule)(jnp.arange(n, dtype=jnp.int32)))
-    lengths = np.broadcast_to(lengths, (n,))
+    ends = jax.vmap(
+        functools.partial(round_end, as_schedule(schedule, "sync_steps"), total_steps=n)
+    )
+    table = np.asarray(jax.jit(ends)(jnp.arange(n, dtype=jnp.int32)))
     steps, t = [], 0
     while t < n:
-        t = min(t + max(int(lengths[t]), 1), n)
+        t = int(table[t])
         steps.append(t)
     return steps

@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from jaxcomm.collectives import all_sum, axis
 from jaxcomm.collectives.axis import AxisName
 from jaxcomm.collectives.conditional import Choices, record_choices
-from jaxcomm.sync._periodic import SyncRule
+from jaxcomm.sync._rule import SyncRule
 from jaxcomm.training.placement import infer_places
 from jaxcomm.training.workers import Place, Workers
 
@@ -73,15 +73,21 @@ class TrainStep:
         metrics = {"loss": loss.astype(jnp.float32), **metrics}
         choices = Choices()
         with record_choices(choices):
-            state, metrics = self._apply(state, grads, metrics)
+            state, metrics = self._apply(state, grads, metrics, lambda params: loss_fn(params)[0])
         self.choice_names = tuple(choices.names)
         branches = jnp.stack(choices.taken) if choices.taken else jnp.zeros((0,), jnp.int32)
         return state, metrics, branches
 
-    def _apply(self, state: TrainState, grads, metrics):
-        finite = _all_finite((metrics["loss"], grads))
-        if self._sync is None:
+    def _apply(self, state: TrainState, grads, metrics, obj_fn):
+        finite, sync, sync_state = (
+            _all_finite((metrics["loss"], grads)),
+            self._sync,
+            state.sync_state,
+        )
+        if sync is None:
             finite, metrics = self._agree(finite, metrics)
+        elif sync.adjust is not None:
+            grads, sync_state = sync.adjust(grads, state.params, sync_state, state.step, obj_fn)
         updates, opt_state = self._tx.update(
             grads, state.opt_state, state.params, value=metrics["loss"]
         )
@@ -91,9 +97,12 @@ class TrainStep:
             (params, opt_state),
             (state.params, state.opt_state),
         )
-        step, sync_state = state.step + 1, state.sync_state
-        if self._sync is not None:
-            params, sync_state = self._sync.apply(params, sync_state, step)
+        step = state.step + 1
+        if sync is not None:
+            if sync.moments is not None:
+                initial_fn = lambda: self._tx.init(state.params)
+                opt_state = sync.moments(opt_state, initial_fn, sync_state, step)
+            params, sync_state = sync.apply(params, sync_state, step)
         skipped = state.skipped + jnp.where(finite, 0, 1)
         return TrainState(step, params, opt_state, sync_state, state.key, skipped), metrics
 
@@ -115,7 +124,8 @@ class TrainStep:
 
         def one_step(state):
             zeros = jax.tree.map(jnp.zeros_like, (state.params, {"loss": jnp.float32(0)}))
-            return self._apply(state, *axis.varying(zeros, self.workers.axis_name))[0]
+            zeros = axis.varying(zeros, self.workers.axis_name)
+            return self._apply(state, *zeros, optax.tree.sum)[0]  # any loss: only types matter
 
         self.places, state = infer_places(self._init, one_step, self.workers, params, key)
         return state

@@ -1,0 +1,54 @@
+"""What every sync rule shares: its type, anchors and displacements."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxcomm.collectives.axis import varying_axes
+
+
+class SyncRule(NamedTuple):
+    """Pure functions around the local steps; every state has a counter `sync_step` of meetings.
+
+    `init(params) -> state`.
+    `apply(params, state, step) -> (params, state)` runs after every local step; `step` (int32)
+    counts the local steps done. Meetings are gated by a conditional: no bytes move on other steps.
+
+    Two hooks that most rules do without:
+    `adjust(grads, params, state, step, obj_fn) -> (grads, state)` runs before the inner optimizer;
+    `obj_fn(params)` is this worker's loss on its batch, and `step` counts the steps done before.
+    `moments(opt_state, initial_fn, state, step) -> opt_state` runs between the inner optimizer and
+    `apply`, with `apply`'s arguments; `initial_fn()` is a fresh inner optimizer state.
+    """
+
+    init: Callable[[optax.Params], Any]
+    apply: Callable[[optax.Params, Any, jax.Array], tuple[optax.Params, Any]]
+    adjust: Callable[..., tuple[optax.Updates, Any]] | None = None
+    moments: Callable[..., optax.OptState] | None = None
+
+
+def float32(tree):
+    """The tree with float32 leaves."""
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree)
+
+
+def displacement(anchor, params):
+    """anchor - params in float32: the pseudo-gradient."""
+    return jax.tree.map(lambda z, x: z - jnp.asarray(x, jnp.float32), anchor, params)
+
+
+def adopt(anchor, params):
+    """The anchor in the dtypes of params: assigned, so that replicas are equal to the last bit."""
+    return jax.tree.map(lambda z, x: z.astype(x.dtype), anchor, params)
+
+
+def check_replicated(new, old, where: str) -> None:
+    """Raises a ValueError if the new anchor differs between workers, by its type, and the old not."""
+    if any(varying_axes(a) - varying_axes(b) for a, b in zip(*map(jax.tree.leaves, (new, old)))):
+        raise ValueError(
+            f"{where}: the outer chain does not average over the workers, so that their anchors "
+            "would drift apart; start it with jaxcomm.average(axis_name)"
+        )
