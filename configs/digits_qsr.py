@@ -2,7 +2,7 @@
 
 Source: Gu, Lyu, Arora, Zhang & Huang 2024, "A Quadratic Synchronization Rule for Distributed Deep
 Learning" (ICLR, arXiv 2310.14423): rounds grow as 1 / learning rate squared.
-Expect the dense accuracy at a tenth of the bytes.
+Expect the dense accuracy at a twentieth of the bytes.
 
     python -m experiments.train --config=configs/digits_qsr.py
 """

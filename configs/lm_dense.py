@@ -2,7 +2,6 @@
 
 Every later comparison is against this run: AdamW, no compression.
 
-
     python -m experiments.train --config=configs/lm_dense.py
 """
 

@@ -3,7 +3,6 @@
 Source: Richtarik, Sokolov & Fatkhullin 2021, "EF21: A New, Simpler, Theoretically Better, and
 Practically Faster Error Feedback" (arXiv 2106.05203).
 
-
     python -m experiments.train --config=configs/lm_ef21.py
 """
 
@@ -12,5 +11,7 @@ from configs import common
 
 def get_config(argument=None):
     config = common.lm(argument)
-    config.tx = "optax.chain(ef21(top_k(0.01), axis_name), optax.adamw(learning_rate))"
+    config.tx = (
+        "optax.chain(ef21(top_k(0.01), axis_name, momentum=0.1), optax.adamw(learning_rate))"
+    )
     return config

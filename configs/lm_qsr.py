@@ -3,7 +3,6 @@
 Source: Gu, Lyu, Arora, Zhang & Huang 2024, "A Quadratic Synchronization Rule for Distributed Deep
 Learning" (ICLR, arXiv 2310.14423): rounds grow as 1 / learning rate squared.
 
-
     python -m experiments.train --config=configs/lm_qsr.py
 """
 
