@@ -46,7 +46,7 @@ def adopt(anchor, params):
 
 
 def check_replicated(new, old, where: str) -> None:
-    """Raises a ValueError if the new anchor differs between workers, by its type, and the old not."""
+    """Raises a ValueError if, by its type, the new anchor differs between workers."""
     if any(varying_axes(a) - varying_axes(b) for a, b in zip(*map(jax.tree.leaves, (new, old)))):
         raise ValueError(
             f"{where}: the outer chain does not average over the workers, so that their anchors "

@@ -39,7 +39,7 @@ class TrainState(NamedTuple):
 
 
 class TrainStep:
-    """`step(state, batch) -> (state, metrics)`, with `init` and `consensus`; see make_train_step."""
+    """`step(state, batch) -> (state, metrics)`, with `init`, `consensus`; see make_train_step."""
 
     def __init__(
         self,
