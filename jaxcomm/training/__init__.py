@@ -1,5 +1,16 @@
 """The step, the loop, checkpoints, metrics."""
 
+from jaxcomm.training.checkpoint import Checkpointer, CheckpointError
+from jaxcomm.training.loop import train_loop
+from jaxcomm.training.metrics import MetricsLogger
 from jaxcomm.training.step import TrainState, TrainStep, make_train_step
 
-__all__ = ["TrainState", "TrainStep", "make_train_step"]
+__all__ = [
+    "CheckpointError",
+    "Checkpointer",
+    "MetricsLogger",
+    "TrainState",
+    "TrainStep",
+    "make_train_step",
+    "train_loop",
+]

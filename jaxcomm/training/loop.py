@@ -64,6 +64,7 @@ def train_loop(
         clock = Stopwatch(seconds)
     done = int(state.step)
     logger.truncate(done)
+    started = False
 
     def save():
         if checkpointer is not None:
@@ -77,8 +78,9 @@ def train_loop(
             state, metrics = step(state, batch)
             done += 1
             account.add(metrics)
-            if done == 1:
+            if not started:
                 jax.block_until_ready(metrics)  # the clock starts when the first step has ended
+                started = True
             seconds = clock()
             last = done == steps
             values = {}

@@ -55,6 +55,7 @@ class TrainStep:
         self._loss_fn, self._tx = loss_fn, optax.with_extra_args_support(tx)
         self._sync, self._donate = sync, donate
         self._run: Callable | None = None
+        self._mean: Callable | None = None
 
     # One worker's view.
 
@@ -194,7 +195,13 @@ class TrainStep:
                 return x
             return jnp.mean(x.astype(jnp.float32), axis=0).astype(x.dtype)
 
-        return jax.jit(lambda params: jax.tree.map(leaf, self.places.params, params))(state.params)
+        if self._mean is None:
+            everywhere = self.workers.sharding(Place.REPLICATED)  # None: wherever it is
+            self._mean = jax.jit(
+                lambda params: jax.tree.map(leaf, self.places.params, params),
+                out_shardings=everywhere,
+            )
+        return self.workers.settle(self._mean(state.params))
 
     def _compile(self, state: TrainState):
         self._locate(state)
