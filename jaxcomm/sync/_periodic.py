@@ -45,7 +45,8 @@ def periodic(
 ) -> SyncRule:
     """Meets as the schedule says and moves the anchor by the outer transform.
 
-    The outer chain is given `local_step` as an extra argument; its own counters count meetings.
+    The outer chain is given `local_step` as an extra argument; its own counters count meetings. It
+    is tried out on a small tree here, so build rules after `jax.distributed.initialize`.
 
     Args:
       outer: a jaxcomm communication, or an Optax chain that contains one and ends in an optimizer.
