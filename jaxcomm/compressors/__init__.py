@@ -15,6 +15,7 @@ from jaxcomm.compressors._sign import sign
 from jaxcomm.compressors._threshold import threshold_top_k
 from jaxcomm.compressors._top_k import block_top_k, top_k
 from jaxcomm.compressors.base import Compressor, Payload
+from jaxcomm.compressors.entropy import fedzip
 from jaxcomm.compressors.sparse import Sparsifier
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "cast",
     "compose",
     "dct_top_k",
+    "fedzip",
     "fp4_e3m0",
     "identity",
     "kmeans",

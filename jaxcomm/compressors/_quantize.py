@@ -56,7 +56,7 @@ class Quantize(Compressor):
         }
         if self.scheme == "minmax":
             payload["offset"] = join([offset for _, offset in grids])
-        if self.rounding == "shift":
+        if shift is not None:
             payload["shift"] = shift
         return payload
 
@@ -65,7 +65,7 @@ class Quantize(Compressor):
         split = lambda part: columns(part, size, self.block_size)
         steps = split(payload["scale"])
         offsets = split(payload["offset"]) if self.scheme == "minmax" else [0.0] * len(steps)
-        shift = payload["shift"] if self.rounding == "shift" else None
+        shift = payload.get("shift")
         code_rows = rows(codes, self.block_size)
         return join([self._value(c, shift) * s + o for c, s, o in zip(code_rows, steps, offsets)])
 
@@ -107,18 +107,18 @@ class Quantize(Compressor):
             return top / 2
         return float(2 ** (self.bits - 1) - (self.rounding == "stochastic"))
 
-    def _grid(self, x: jax.Array) -> tuple[jax.Array, jax.Array | float]:
-        """Step and offset of each row, (n, 1)."""
-        top = 2**self.bits - 1
+    def _grid(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Step and offset of each row, (n, 1); the offset of a symmetric grid is the scalar 0."""
+        top, zero = 2**self.bits - 1, jnp.float32(0)
         if self.scheme == "minmax":
             low, high = x.min(1, keepdims=True), x.max(1, keepdims=True)
             return (high - low) * (1.0 if self.levels else 1.0 / top), low
         if self.rounding != "nearest":
-            return jnp.abs(x).max(1, keepdims=True) * (1.0 / self._zero()), 0.0
+            return jnp.abs(x).max(1, keepdims=True) * (1.0 / self._zero()), zero
         if self.bits == 1:
-            return jnp.abs(x).mean(1, keepdims=True) * 2.0, 0.0
+            return jnp.abs(x).mean(1, keepdims=True) * 2.0, zero
         low, high = x.min(1, keepdims=True), x.max(1, keepdims=True)
-        return jnp.where(high >= -low, -high, -low) * (1.0 / self._zero()), 0.0
+        return jnp.where(high >= -low, -high, -low) * (1.0 / self._zero()), zero
 
     def _draw(self, size: int, key: jax.Array | None):
         """The shared shift, (1,), and the noise to add in front of floor, as rows."""

@@ -1,0 +1,421 @@
+"""What each compressor does, against the definition written out in NumPy."""
+
+import dataclasses
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_compressors import FAST_COMPILE, TABLE
+
+from jaxcomm import compressors as C
+from jaxcomm.compressors._dct import dct_basis
+from jaxcomm.compressors._threshold import mask_words, positions_of, spread
+from jaxcomm.compressors.base import Compressor
+from jaxcomm.compressors.sparse import kept
+
+
+def gaussian(size, seed=0):
+    return np.random.default_rng(seed).standard_normal(size).astype(np.float32)
+
+
+@functools.cache
+def _program(c):
+    return jax.jit(c.roundtrip, compiler_options=FAST_COMPILE)
+
+
+def roundtrip(c, x, key=None):
+    return _program(c)(x, key)
+
+
+def error(c, x, key=None):
+    """Relative squared error of one round trip."""
+    y = np.asarray(roundtrip(c, x, key), np.float64)
+    return ((y - x) ** 2).sum() / (x.astype(np.float64) ** 2).sum()
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_decode_sum_is_the_sum_of_decodes(name):
+    c, n, size = TABLE[name], 3, 73
+
+    @functools.partial(jax.jit, compiler_options=FAST_COMPILE)
+    def both(x, keys):
+        payloads = jax.vmap(c.encode)(x, keys)
+        decoded = jax.vmap(lambda p: c.decode(p, size))(payloads)
+        return c.decode_sum(payloads, size), decoded.sum(0)
+
+    keys = jax.random.split(jax.random.key(0), n)
+    total, expected = both(gaussian(n * size).reshape(n, size), keys)
+    np.testing.assert_allclose(total, expected, rtol=2e-6, atol=2e-6)
+
+
+def test_decode_sum_of_many_workers():
+    c, n, size = C.sign(), 40, 73  # the base class's loop
+    payloads = jax.vmap(c.encode)(gaussian(n * size).reshape(n, size))
+    expected = jax.vmap(lambda p: c.decode(p, size))(payloads).sum(0)
+    total = jax.jit(c.decode_sum, static_argnums=1)(payloads, size)
+    np.testing.assert_allclose(total, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", TABLE)
+@pytest.mark.parametrize(("shape", "dtype"), [((4, 5), jnp.bfloat16), ((), jnp.float32)])
+def test_roundtrip_keeps_shape_and_dtype(name, shape, dtype):
+    x, key = jax.ShapeDtypeStruct(shape, dtype), jax.eval_shape(lambda: jax.random.key(0))
+    y = jax.eval_shape(TABLE[name].roundtrip, x, key)
+    assert (y.shape, y.dtype) == (shape, dtype)
+
+
+def test_roundtrip_of_bfloat16_is_that_of_its_float32():
+    x = jnp.asarray(gaussian(50)).astype(jnp.bfloat16).reshape(5, 10)
+    for name in ("sign_l1", "top_k", "quantize_8", "fp4"):
+        expected = roundtrip(TABLE[name], x.astype(jnp.float32)).astype(jnp.bfloat16)
+        np.testing.assert_array_equal(roundtrip(TABLE[name], x), expected)
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_random_codecs_ask_for_a_key(name):
+    c, x = TABLE[name], jax.ShapeDtypeStruct((9,), jnp.float32)
+    random = c.omega(9) is not None and name != "identity"
+    random |= any(word in name for word in ("rand_k", "stochastic", "unbiased"))
+    if random:
+        with pytest.raises(ValueError, match="key"):
+            jax.eval_shape(c.encode, x)
+    else:
+        jax.eval_shape(c.encode, x)
+
+
+def test_compressors_are_values():
+    assert C.top_k(0.1) == C.top_k(0.1) != C.top_k(0.2)
+    assert all(hash(c) == hash(dataclasses.replace(c)) for c in TABLE.values())
+    assert {n for n, c in TABLE.items() if c.shared_key} == {
+        *("rand_k", "rand_k_scaled", "compose_unbiased"),
+        *("quantize_4_shift", "quantize_1_shift", "quantize_6_minmax_shift"),
+    }
+
+
+@pytest.mark.parametrize(
+    "name", ["e4m3", "sign_l1", "top_k", "quantize_4", "quantize_2", "fp4", "kmeans_3"]
+)
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.floats(-1e9, 1e9, width=32, allow_subnormal=False), min_size=9, max_size=9))
+def test_contraction_of_any_vector(name, values):
+    x = np.array(values, np.float32)
+    x[np.abs(x) < 1e-20] = 0
+    y = np.asarray(roundtrip(TABLE[name], x), np.float64)
+    norm = (x.astype(np.float64) ** 2).sum()
+    assert ((y - x) ** 2).sum() <= (1 - TABLE[name].alpha(9)) * norm * (1 + 1e-5) + 1e-11 * norm
+
+
+LARGE = {
+    **{n: TABLE[n] for n in ("identity", "bf16", "e4m3", "sign_l1", "natural", "fp4", "kmeans_3")},
+    **{n: TABLE[n] for n in ("quantize_8", "quantize_3_stochastic", "quantize_6_minmax_shift")},
+    **{n: TABLE[n] for n in ("qsgd_7", "natural_dithering_7", "dct_top_k", "compose_top_k_2")},
+    "top_k": C.top_k(0.01),
+    "block_top_k": C.block_top_k(0.01),
+    "threshold_top_k": C.threshold_top_k(0.01),
+    "rand_k": C.rand_k(0.01),
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_a_million_and_three(name):
+    c, size = LARGE[name], 1_000_003
+    x = gaussian(size)
+    payload = jax.jit(c.encode)(x, jax.random.key(0))
+    assert sum(np.asarray(p).nbytes for p in payload.values()) == c.payload_bytes(size)
+    y = np.asarray(jax.jit(c.decode, static_argnums=1)(payload, size), np.float64)
+    measured = ((y - x) ** 2).sum() / (x.astype(np.float64) ** 2).sum()
+    worst = 1 - c.alpha(size) if c.alpha(size) is not None else c.omega(size)
+    assert measured <= (1.0 if worst is None else worst * 1.01 + 1e-12)
+    kept_energy = {"top_k": 0.084, "block_top_k": 0.084, "threshold_top_k": 0.084, "rand_k": 0.01}
+    if name in kept_energy:  # E[x^2; |x| > 2.576] = 0.0845 of a Gaussian's energy in 1 %
+        assert 1 - measured == pytest.approx(kept_energy[name], rel=0.08)
+
+
+class TestTopK:
+    @pytest.mark.parametrize(
+        ("fraction", "size", "expected"),
+        [(0.07, 100, 7), (0.1, 3, 1), (0.01, 1, 1), (1.0, 9, 9), (0.29, 100, 29), (0.5, 7, 4)],
+    )
+    def test_count(self, fraction, size, expected):
+        assert kept(fraction, None, size) == expected
+
+    def test_largest_magnitudes_and_ties_by_position(self):
+        x = jnp.array([1.0, -3.0, 3.0, 0.5, 3.0, -3.0])
+        assert roundtrip(C.top_k(k=2), x).tolist() == [0, -3, 3, 0, 0, 0]
+        assert roundtrip(C.top_k(k=5), x).tolist() == [1, -3, 3, 0, 3, -3]
+
+    @pytest.mark.parametrize("size", [50, 96, 100])
+    def test_block_top_k_is_top_k_of_each_block(self, size):
+        x, c = gaussian(size), C.block_top_k(0.1, block_size=32)
+        expected = np.zeros_like(x)
+        for start in range(0, size, 32):
+            block = np.abs(x[start : start + 32])
+            where = start + np.argsort(-block, kind="stable")[: -(-len(block) // 10)]
+            expected[where] = x[where]
+        np.testing.assert_array_equal(roundtrip(c, x), expected)
+
+    def test_k_larger_than_the_vector(self):
+        c = C.top_k(k=10)
+        for call in (c.payload_bytes, c.alpha):
+            with pytest.raises(ValueError, match="k=10 for size 9"):
+                call(9)
+        assert c.payload_bytes(0) == 0
+
+
+class TestSign:
+    def test_specification_figures(self):
+        """Error ratios 0.364 (l1) and 0.406 (l2) on a Gaussian, 0.990 and 1.80 when 1 % sparse."""
+        x = gaussian(100_000)
+        assert error(C.sign("l1"), x) == pytest.approx(0.364, abs=0.003)
+        assert error(C.sign("l2"), x) == pytest.approx(0.406, abs=0.003)
+        x[np.random.default_rng(1).random(x.size) > 0.01] = 0
+        assert error(C.sign("l1"), x) == pytest.approx(0.994, abs=0.005)
+        assert error(C.sign("l2"), x) == pytest.approx(1.84, abs=0.05)
+        assert C.sign("l2").alpha(100) is None
+
+    @pytest.mark.parametrize("scale", ["l1", "l2"])
+    def test_chunks_share_the_scale_of_the_true_vector(self, scale):
+        x, c = gaussian(21), C.sign(scale)
+        chunks = jnp.pad(jnp.asarray(x), (0, 3)).reshape(4, 6)
+        payload = c.encode_chunks(chunks, size=21)
+        decoded = jax.vmap(lambda p: c.decode(p, 6))(payload).reshape(-1)[:21]
+        np.testing.assert_allclose(decoded, roundtrip(c, x), rtol=1e-6)
+
+    def test_blocks_of_chunks_leave_padding_out(self):
+        x, c = gaussian(21), C.sign(block_size=4)
+        chunks = jnp.pad(jnp.asarray(x), (0, 3)).reshape(3, 8)
+        payload = c.encode_chunks(chunks, size=21)
+        decoded = jax.vmap(lambda p: c.decode(p, 8))(payload).reshape(-1)[:21]
+        np.testing.assert_allclose(decoded, roundtrip(c, x), rtol=1e-6)
+
+    def test_zero_counts_as_positive(self):
+        y = roundtrip(C.sign(), jnp.array([-4.0, 0.0, -0.0, 4.0]))
+        assert y.tolist() == [-2.0, 2.0, 2.0, 2.0]
+
+
+class TestRandK:
+    def test_positions_come_from_the_payload_and_are_distinct(self):
+        c, size = C.rand_k(0.3), 101
+        payload = c.encode(jnp.ones(size), jax.random.key(3))
+        assert payload["seed"].dtype == jnp.uint32
+        assert payload["seed"].nbytes == 8
+        y = np.asarray(c.decode(payload, size))
+        assert (y == 1).sum() == 31 == c.count(size)
+        other = c.encode(jnp.full(size, 2.0), jax.random.key(3))
+        np.testing.assert_array_equal(np.asarray(c.decode(other, size)) == 2, y == 1)
+
+    def test_every_coordinate_is_as_likely(self):
+        c, size, seeds = C.rand_k(k=3), 10, 4000
+        keys = jax.random.split(jax.random.key(0), seeds)
+        y = jax.jit(jax.vmap(lambda k: c.roundtrip(jnp.ones(size), k)))(keys)
+        hits = np.asarray(y).sum(0)
+        assert np.abs(hits - 0.3 * seeds).max() < 5 * np.sqrt(0.21 * seeds)
+
+
+class TestThreshold:
+    def test_positions_of_set_bits(self):
+        mask = np.random.default_rng(0).random(5000) < 0.03
+        where = positions_of(mask_words(jnp.asarray(mask)), jnp.arange(mask.sum()))
+        np.testing.assert_array_equal(where, np.flatnonzero(mask))
+
+    @pytest.mark.parametrize(("hits", "slots"), [(5, 10), (10, 10), (13, 10), (10**8, 10**6 + 1)])
+    def test_spread_ranks(self, hits, slots):
+        ranks = np.asarray(spread(jnp.arange(slots), jnp.int32(hits), slots))
+        assert ranks[0] == 0
+        assert (np.diff(ranks) > 0).all()
+        if hits > slots:
+            assert ranks[-1] < hits
+            expected = np.arange(slots) * (hits / slots)
+            np.testing.assert_allclose(ranks, expected, atol=2 + hits / slots)
+
+    def test_overfull_slots_favour_no_part_of_the_vector(self):
+        y = np.asarray(roundtrip(C.threshold_top_k(0.01), jnp.ones(100_000)))
+        assert y.sum() == 1000
+        per_tenth = y.reshape(10, -1).sum(1)
+        assert np.abs(per_tenth - 100).max() <= 1
+
+    def test_few_hits_leave_slots_empty(self):
+        # The sample (stride 1 mod 32, start 0) meets every large value; it asks for few of them.
+        x = np.zeros(200_000, np.float32)
+        x[::1000] = 5.0
+        x[7] = 9.0
+        c = C.threshold_top_k(0.01)
+        y = np.asarray(roundtrip(c, x))
+        assert ((y == 0) | (y == x)).all()
+
+    def test_hits_are_the_largest(self):
+        x, c = gaussian(300_000), C.threshold_top_k(0.01)
+        y = np.asarray(roundtrip(c, x, jax.random.key(2)))
+        sent = y != 0
+        assert 0.7 * 3000 < sent.sum() <= 3000
+        exact = np.sort(np.abs(x))[-3000:]
+        assert (y**2).sum() > 0.85 * (exact**2).sum()
+
+
+class TestQuantize:
+    def test_block_error_figures(self):
+        """Sheet ZeRO++ A6: INT8 relative error .0207 / .0082 / .0070, INT4 .252 / .131 / .112."""
+        scales = np.repeat([0.02, 0.05, 0.005, 0.2], 250_000).astype(np.float32)
+        x = gaussian(1_000_000) * scales
+        expected = {8: (0.0207, 0.0082, 0.0070), 4: (0.252, 0.131, 0.112)}
+        for bits, figures in expected.items():
+            for block, figure in zip((None, 2048, 256), figures):
+                measured = np.sqrt(error(C.quantize(bits, block), x))
+                assert measured == pytest.approx(figure, rel=0.12)
+
+    @pytest.mark.parametrize("bits", [2, 3, 8])
+    def test_error_is_half_a_step_or_one_where_clipped(self, bits):
+        x = gaussian(1000)
+        c = C.quantize(bits, 100)
+        payload = c.encode(x)
+        step = np.abs(np.repeat(np.asarray(payload["scale"]), 100))
+        wrong = np.abs(np.asarray(c.decode(payload, 1000)) - x)
+        top = x.reshape(10, 100)[np.arange(10), np.abs(x.reshape(10, 100)).argmax(1)]
+        other_sign = np.sign(x) != np.sign(np.repeat(top, 100))
+        assert (wrong <= step * np.where(other_sign, 1.0, 0.5) * (1 + 1e-5)).all()
+        assert (wrong[x == np.repeat(top, 100)] == 0).all()
+
+    def test_shift_error_has_the_same_variance_everywhere(self):
+        """QSDP: uniform error, variance step^2 / 12, whatever the value."""
+        c, x = C.quantize(3, rounding="shift"), jnp.linspace(-1, 1, 41)
+        keys = jax.random.split(jax.random.key(0), 4000)
+        wrong = np.asarray(jax.jit(jax.vmap(lambda k: c.roundtrip(x, k)))(keys)) - np.asarray(x)
+        step = 2 / 7
+        np.testing.assert_allclose(wrong.var(0), step**2 / 12, rtol=0.1)
+        assert np.abs(wrong).max() <= step / 2 * (1 + 1e-5)
+
+    def test_minmax_ends_are_exact(self):
+        x = gaussian(512) + 3
+        y = np.asarray(roundtrip(C.quantize(4, 128, scheme="minmax"), x)).reshape(4, 128)
+        rows = x.reshape(4, 128)
+        for pick in (np.argmin, np.argmax):
+            at = (np.arange(4), pick(rows, 1))
+            np.testing.assert_allclose(y[at], rows[at], rtol=1e-6)
+
+    @pytest.mark.parametrize("bits", [2, 3])
+    def test_learned_levels_beat_uniform_ones(self, bits):
+        x = gaussian(20_000)
+        levels = C.learn_levels(x, bits, block_size=256)
+        learned = C.quantize(bits, scheme="minmax", levels=levels)
+        uniform = C.quantize(bits, scheme="minmax")
+        fresh = gaussian(20_000, seed=1)
+        assert error(learned, fresh) < 0.75 * error(uniform, fresh)
+
+    def test_learned_levels_that_meet_stay_apart(self):
+        levels = C.learn_levels(jnp.ones(100), 4)
+        assert len(levels) == 16
+        assert all(a < b for a, b in itertools.pairwise(levels))
+        C.quantize(4, scheme="minmax", levels=levels)
+
+
+class TestNatural:
+    def test_neighbouring_powers_and_nothing_else(self):
+        x = jnp.array([3.0, -0.7, 4.0, -1.0, 0.0, 3.3e38, 1e-30])
+        keys = jax.random.split(jax.random.key(0), 200)
+        y = np.asarray(jax.vmap(lambda k: C.natural().roundtrip(x, k))(keys))
+        assert set(y[:, 0]) == {2.0, 4.0}
+        assert set(y[:, 1]) == {-0.5, -1.0}
+        assert set(y[:, 2]) == {4.0}
+        assert set(y[:, 4]) == {0.0}
+        assert set(y[:, 5]) == {2.0**127}
+
+    def test_dithering_levels_are_powers_of_two(self):
+        x = jnp.asarray(gaussian(64))
+        y = roundtrip(C.natural_dithering(4, None, norm="max"), x, jax.random.key(0))
+        levels = np.abs(np.asarray(y)) / np.abs(np.asarray(x)).max()
+        assert set(levels.tolist()) <= {0.0, 0.125, 0.25, 0.5, 1.0}
+
+    def test_qsgd_rounds_to_neighbouring_levels(self):
+        x = jnp.asarray(gaussian(64))
+        y = np.asarray(roundtrip(C.qsgd(7, None), x, jax.random.key(0)), np.float64)
+        step = float(jnp.linalg.norm(x)) / 7
+        np.testing.assert_allclose(y / step, np.round(y / step), atol=1e-5)
+        assert np.abs(y - np.asarray(x)).max() <= step * (1 + 1e-5)
+
+
+class TestFp4:
+    def test_grid(self):
+        grid = [0.0, *(2.0**-j for j in range(7))]
+        x = np.linspace(-1, 1, 4001).astype(np.float32)
+        y = np.asarray(roundtrip(C.fp4_e3m0(), x))
+        best = np.array(sorted([*grid, *(-g for g in grid)]))
+        nearest = np.abs(x[:, None] - best).min(1)
+        np.testing.assert_allclose(np.abs(y - x), nearest, atol=1e-7)
+        inside = np.abs(x) >= 2.0**-6
+        assert (np.abs(y - x)[inside] <= np.abs(x)[inside] / 3 * (1 + 1e-6)).all()
+
+
+class TestKMeans:
+    def test_distortion_never_increases(self):
+        x = gaussian(3000) ** 3
+        errors = [error(C.kmeans(5, iterations), x) for iterations in range(7)]
+        assert all(b <= a * (1 + 1e-6) for a, b in itertools.pairwise(errors))
+        assert errors[-1] < 0.7 * errors[0]
+
+    def test_zeros_stay_zeros(self):
+        x = np.asarray(roundtrip(C.top_k(0.05), gaussian(1000)))
+        y = np.asarray(roundtrip(C.kmeans(3), x))
+        assert (y[x == 0] == 0).all()
+        assert len(set(y.tolist())) == 3
+
+    def test_empty_clusters_stay(self):
+        x = jnp.array([-10.0, -10.0, 9.0])  # 5 centroids, 2 distinct values
+        np.testing.assert_allclose(roundtrip(C.kmeans(5), x), x)
+
+
+class TestDct:
+    def test_basis_is_orthonormal(self):
+        b = dct_basis(64).astype(np.float64)
+        np.testing.assert_allclose(b @ b.T, np.eye(64), atol=1e-6)
+
+    def test_all_coefficients_are_the_vector(self):
+        x = gaussian(200)
+        np.testing.assert_allclose(roundtrip(C.dct_top_k(64), x), x, atol=1e-5)
+
+    def test_smooth_vectors_need_few(self):
+        x = np.cos(np.arange(1024) / 50).astype(np.float32)
+        assert error(C.dct_top_k(4, 64), x) < 0.01 < error(C.block_top_k(k=4, block_size=64), x)
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: C.cast(jnp.int8), "dtype must be one of"),
+        (lambda: C.cast("float4"), "dtype must be one of"),
+        (lambda: C.sign("linf"), "'l1' or 'l2', got 'linf'"),
+        (lambda: C.sign(block_size=0), "block_size must be at least 1"),
+        (lambda: C.top_k(), "exactly one of fraction and k"),
+        (lambda: C.top_k(0.1, k=3), "exactly one of fraction and k"),
+        (lambda: C.top_k(0.0), r"fraction must be in \(0, 1\], got 0.0"),
+        (lambda: C.top_k(1.5), r"fraction must be in \(0, 1\], got 1.5"),
+        (lambda: C.top_k(k=0), "k must be at least 1, got 0"),
+        (lambda: C.block_top_k(k=65, block_size=64), "at most block_size=64, got 65"),
+        (lambda: C.rand_k(-0.1), "rand_k: fraction"),
+        (lambda: C.threshold_top_k(0.1, sample=0), "sample must be in"),
+        (lambda: C.quantize(9), "bits must be an integer from 1 to 8, got 9"),
+        (lambda: C.quantize(4, 0), "block_size"),
+        (lambda: C.quantize(4, rounding="up"), "rounding must be"),
+        (lambda: C.quantize(4, scheme="affine"), "scheme must be"),
+        (lambda: C.quantize(1, scheme="minmax", levels=(0.5, 0.1)), "2 increasing numbers"),
+        (lambda: C.quantize(2, levels=(0, 0.2, 0.5, 1)), "scheme='minmax'"),
+        (lambda: C.qsgd(0), "levels must be from 1"),
+        (lambda: C.qsgd(7, norm="l1"), "'l2' or 'max'"),
+        (lambda: C.natural_dithering(101), "levels must be from 1 to 100"),
+        (lambda: C.kmeans(1), "k must be from 2 to 256"),
+        (lambda: C.dct_top_k(65, 64), "from 1 to chunk=64, got 65"),
+        (lambda: C.compose(C.sign(), C.quantize(2)), "sparsifier must be a sparse"),
+        (lambda: C.compose(C.top_k(0.1), C.top_k(0.1)), "quantizer must not be a sparse"),
+    ],
+)
+def test_construction_errors_name_the_rule(make, match):
+    with pytest.raises(ValueError, match=match):
+        make()
+
+
+def test_every_factory_gives_a_compressor():
+    assert all(isinstance(c, Compressor) for c in TABLE.values())
