@@ -139,9 +139,10 @@ def final_errors(method, settings, seeds):
 
 
 def test_error_feedback_stalls_where_econtrol_converges():
-    errors = {name: final_errors(name, [(0.0, 0.02)], 1)[0, 0] for name in ("EC", "EControl")}
-    assert 0.05 < errors["EC"] < 0.13
-    assert errors["EControl"] < 1e-5
+    """Without noise, on the sheet's own data (its seed is the second)."""
+    errors = {name: final_errors(name, [(0.0, 0.005)], 2)[0] for name in ("EC", "EControl")}
+    np.testing.assert_allclose(errors["EC"][1], 0.0215, rtol=0.02)
+    assert errors["EControl"].max() < 1e-5
 
 
 @pytest.mark.slow

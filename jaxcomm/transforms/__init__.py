@@ -3,17 +3,44 @@
 from jaxcomm.transforms._average import average, compressed_average
 from jaxcomm.transforms._econtrol import EControlState, econtrol
 from jaxcomm.transforms._ef21 import EF21State, ef21
+from jaxcomm.transforms._ef21_plus import EF21PlusState, ef21_plus
 from jaxcomm.transforms._error_feedback import ErrorFeedbackState, error_feedback
+from jaxcomm.transforms._page import PageState, page
+from jaxcomm.transforms._proximal import proximal_step, soft_threshold
+from jaxcomm.transforms._step_sizes import (
+    contraction_constants,
+    econtrol_eta,
+    econtrol_step_size,
+    ef21_pl_step_size,
+    ef21_pp_step_size,
+    ef21_sgdm_step_size,
+    ef21_step_size,
+    ef21_weights,
+)
 from jaxcomm.transforms.common import Communication
 
 __all__ = [
     "Communication",
     "EControlState",
+    "EF21PlusState",
     "EF21State",
     "ErrorFeedbackState",
+    "PageState",
     "average",
     "compressed_average",
+    "contraction_constants",
     "econtrol",
+    "econtrol_eta",
+    "econtrol_step_size",
     "ef21",
+    "ef21_pl_step_size",
+    "ef21_plus",
+    "ef21_pp_step_size",
+    "ef21_sgdm_step_size",
+    "ef21_step_size",
+    "ef21_weights",
     "error_feedback",
+    "page",
+    "proximal_step",
+    "soft_threshold",
 ]
