@@ -1,8 +1,8 @@
 """What the configs share: every field, with its default.
 
-    tx, sync     Python expressions over jaxcomm's public names and optax.*, with axis_name,
-                 learning_rate, steps, warmup_steps and workers in scope
-    mode         devices (shard_map), simulate (vmap on one device) or pmap
+tx, sync     Python expressions over jaxcomm's public names and optax.*, with axis_name,
+             learning_rate, steps, warmup_steps and workers in scope
+mode         devices (shard_map), simulate (vmap on one device) or pmap
 """
 
 import ml_collections

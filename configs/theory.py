@@ -1,0 +1,19 @@
+"""What the theory configs share: every field, with its default."""
+
+import ml_collections
+
+
+def base(problem: str, argument: str | None, **arguments) -> ml_collections.ConfigDict:
+    """A config for `experiments.theory`; `argument` is '' or 'smoke' (a few rounds)."""
+    if argument not in (None, "", "smoke"):
+        raise ValueError(f"the only config argument is 'smoke', got {argument!r}")
+    config = ml_collections.ConfigDict()
+    config.problem = ml_collections.ConfigDict({"name": problem, **arguments})
+    config.methods = ()  # (label, expression); L, L_i, n, d and axis_name are in scope
+    config.title = ""
+    config.error = "gradient"  # gradient (squared norm), distance (relative) or loss
+    config.factor = 1e6  # the table gives the rounds until the error is down by this factor
+    config.rounds = 20 if argument == "smoke" else 0  # 0: the config's own
+    config.record_every = 1  # rounds between two points of a curve
+    config.seeds = 1
+    return config

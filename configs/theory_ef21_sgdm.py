@@ -1,0 +1,28 @@
+"""EF21 with stochastic gradients stalls; with momentum it goes on.
+
+Source: Fatkhullin, Tyurin & Richtarik 2023, "Momentum Provably Improves Error Feedback!" (arXiv
+2305.15155): f = ||x||^2 / 2 in R^2 with three-point noise, Top-1, one worker. Expect EF21-SGD to
+end at a level that a smaller step does not lower as it should, EF21-SGDM (eta = 7 step) well below it.
+
+    python -m experiments.theory --config=configs/theory_ef21_sgdm.py
+"""
+
+from configs import theory
+
+
+def get_config(argument=None):
+    config = theory.base("noisy_quadratic", argument, n=1, sigma=1.0)
+    config.title = "Three-point noise in R^2, Top-1: momentum repairs EF21"
+    config.error = "gradient"
+    ef21 = "optax.chain(ef21(top_k(k=1), axis_name{}), optax.sgd({}))"
+    config.methods = (
+        ("EF21-SGD, step 0.01", ef21.format("", "0.01")),
+        ("EF21-SGD, step 0.001", ef21.format("", "0.001")),
+        ("EF21-SGDM, step 0.01", ef21.format(", momentum=0.07", "0.01")),
+        ("EF21-SGDM, step 0.001", ef21.format(", momentum=0.007", "0.001")),
+    )
+    config.rounds = config.rounds or 20000
+    config.record_every = 100
+    config.factor = 100.0
+    config.seeds = 50
+    return config
