@@ -1,7 +1,7 @@
 """One bit a coordinate with error feedback, two-phase; handwritten digits, 8 workers.
 
 Source: Karimireddy, Rebjock, Stich & Jaggi 2019, "Error Feedback Fixes SignSGD and other Gradient
-Compression Schemes" (arXiv 1901.09847), with the two-phase exchange of 1-bit Adam (arXiv 2102.02888).
+Compression Schemes" (arXiv 1901.09847), with the exchange of 1-bit Adam (arXiv 2102.02888).
 Expect the dense accuracy at a thirtieth of the bytes.
 
     python -m experiments.train --config=configs/digits_sign_ef.py
@@ -12,5 +12,6 @@ from configs import common
 
 def get_config(argument=None):
     config = common.digits(argument)
-    config.tx = "optax.chain(error_feedback(sign(), axis_name, exchange='two_phase'), optax.adamw(learning_rate))"
+    exchange = "error_feedback(sign(), axis_name, exchange='two_phase')"
+    config.tx = f"optax.chain({exchange}, optax.adamw(learning_rate))"
     return config

@@ -1,4 +1,4 @@
-"""The dense baseline: float32 gradients averaged in every step; a byte-level language model, 8 workers.
+"""The dense baseline, float32 averages in every step; a byte-level language model, 8 workers.
 
 Every later comparison is against this run: AdamW, no compression.
 

@@ -2,7 +2,7 @@
 
 Source: Fatkhullin, Tyurin & Richtarik 2023, "Momentum Provably Improves Error Feedback!" (arXiv
 2305.15155): f = ||x||^2 / 2 in R^2 with three-point noise, Top-1, one worker. Expect EF21-SGD to
-end at a level that a smaller step does not lower as it should, EF21-SGDM (eta = 7 step) well below it.
+end at a level that a smaller step hardly lowers, EF21-SGDM (eta = 7 step) well below it.
 
     python -m experiments.theory --config=configs/theory_ef21_sgdm.py
 """

@@ -1,4 +1,4 @@
-"""Layers import only those above them in the design's table, and nothing is imported in a circle."""
+"""Layers import only those above them in the table, and nothing is imported in a circle."""
 
 import ast
 from pathlib import Path
@@ -35,7 +35,8 @@ def imported(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
             names = [_module(node.module, alias.name) for alias in node.names]
-        found |= {n for n in names if n and n.split(".")[0] in ("jaxcomm", "experiments", "configs")}
+        ours = ("jaxcomm", "experiments", "configs")
+        found |= {name for name in names if name and name.split(".")[0] in ours}
     return found
 
 

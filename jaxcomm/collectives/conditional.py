@@ -18,7 +18,7 @@ SCOPE = "jaxcomm.cond."  # the name scope that carries a conditional's name into
 
 
 class Choices:
-    """Conditionals met while tracing: `names` and int32 `taken` (1 true, 0 false, -1 not reached)."""
+    """Conditionals met while tracing: `names`, int32 `taken` (1 true, 0 false, -1 not reached)."""
 
     def __init__(self, prefix: str = ""):
         self.prefix = prefix

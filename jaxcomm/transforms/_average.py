@@ -9,11 +9,17 @@ Example 1); unbiased codecs (quantize with stochastic rounding, natural, rand_k 
 
 import optax
 
-from jaxcomm.collectives import AxisName, Exchanged, dense_mean, flatten, gather_mean
+from jaxcomm.collectives import (
+    AxisName,
+    Exchanged,
+    dense_mean,
+    flatten,
+    gather_mean,
+    two_phase_mean,
+)
 from jaxcomm.collectives import mean as tree_mean
-from jaxcomm.collectives import two_phase_mean
-from jaxcomm.compressors.base import Compressor
 from jaxcomm.compressors._identity import Identity
+from jaxcomm.compressors.base import Compressor
 from jaxcomm.transforms.common import (
     Communication,
     CountState,
