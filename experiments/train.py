@@ -101,6 +101,8 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str) -> dict[
             "workers": config.workers,
             **task.evaluate(step.consensus(run.state)),
             "sent_bytes": run.sent_bytes,
+            "dense_bytes": run.dense_step_bytes * config.steps,
+            "times_fewer_bytes": run.dense_step_bytes * config.steps / max(run.sent_bytes, 1),
             "seconds": run.seconds,
             "skipped": int(run.state.skipped.sum()),
             **({} if counter is None else {"counter_bytes": _counter() - counter}),
@@ -155,9 +157,7 @@ def _mesh(config: ml_collections.ConfigDict) -> jax.sharding.Mesh:
         for i in range(jax.process_count())
         for d in [d for d in jax.devices() if d.process_index == i][:share]
     ]
-    return jax.sharding.Mesh(
-        devices, (config.axis_name,), axis_types=(jax.sharding.AxisType.Auto,)
-    )
+    return jax.sharding.Mesh(devices, (config.axis_name,), axis_types=(jax.sharding.AxisType.Auto,))
 
 
 def setup_devices(config: ml_collections.ConfigDict) -> None:

@@ -25,6 +25,7 @@ class Run(NamedTuple):
 
     state: TrainState
     sent_bytes: float  # by one worker, since step 0
+    dense_step_bytes: float  # that averaging float32 gradients would send, a step
     seconds: float  # wall time since the first step ended, earlier parts of the run included
     interrupted: bool  # by SIGTERM: the state is saved
 
@@ -97,7 +98,9 @@ def train_loop(
                 break
     if checkpointer is not None:
         checkpointer.wait()
-    return Run(state, account.settle(), seconds, done < steps)
+    if account.unseen:  # the last checkpoint was the end
+        account.see(state, put_batch(step, next(data)))
+    return Run(state, account.settle(), account.dense, seconds, done < steps)
 
 
 class Account:
@@ -107,9 +110,14 @@ class Account:
         self.total = 0.0
         self._step, self._traffic, self._branches = step, None, []
 
+    @property
+    def unseen(self) -> bool:
+        """Whether no step was traced yet."""
+        return self._traffic is None
+
     def see(self, state: TrainState, batch) -> None:
         """Traces the step, once."""
-        if self._traffic is None:
+        if self.unseen:
             self._traffic = traffic(self._step, state, batch)
 
     def add(self, metrics: dict) -> None:
@@ -125,7 +133,13 @@ class Account:
         for branches in self._branches:
             self.total += self._traffic.step_bytes(np.asarray(branches))
         self._branches = []
-        return self.total
+        return int(self.total) if float(self.total).is_integer() else self.total
+
+    @property
+    def dense(self) -> float:
+        """Bytes a worker would send in a step that averages float32 gradients."""
+        assert self._traffic is not None
+        return self._traffic.dense_equivalent_bytes
 
 
 def put_batch(step: TrainStep, batch):
