@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.extend.core import jaxprs_in_params
 from jax.sharding import AxisType
 
 import jaxcomm
@@ -28,6 +29,24 @@ def batch(seed, rows=8):
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(rows, 6)).astype(np.float32)
     return x, (x @ np.ones((6, 5)) + rng.normal(size=(rows, 5))).astype(np.float32)
+
+
+def wire(tx, params=PARAMS, workers=4):
+    """What the program of a step sends: (primitive, part, operand's shape and dtype)."""
+    step = jaxcomm.make_train_step(loss_fn, tx, axis_name=AXIS, simulate=workers)
+    jaxpr = step.trace(step.init(params, jax.random.key(0)), batch(0))
+    return list(_collectives(jaxpr.jaxpr, ""))
+
+
+def _collectives(jaxpr, stack):
+    for eqn in jaxpr.eqns:
+        names = f"{stack}/{eqn.source_info.name_stack}"
+        part = names.rsplit("jaxcomm.wire.", 1)[-1].split("/")[0]
+        if eqn.primitive.name.startswith(("all_", "psum", "ppermute")) and "jaxcomm.wire" in names:
+            aval = eqn.invars[0].aval
+            yield eqn.primitive.name, part, aval.shape, str(aval.dtype)
+        for inner in jaxprs_in_params(eqn.params):
+            yield from _collectives(inner, names)
 
 
 def train(tx, *, params=PARAMS, steps=4, **way):

@@ -5,8 +5,14 @@ from jaxcomm.transforms._econtrol import EControlState, econtrol
 from jaxcomm.transforms._ef21 import EF21State, ef21
 from jaxcomm.transforms._ef21_plus import EF21PlusState, ef21_plus
 from jaxcomm.transforms._error_feedback import ErrorFeedbackState, error_feedback
+from jaxcomm.transforms._one_bit_adam import (
+    OneBitAdamState,
+    one_bit_adam,
+    scale_by_one_bit_adam,
+)
 from jaxcomm.transforms._page import PageState, page
 from jaxcomm.transforms._proximal import proximal_step, soft_threshold
+from jaxcomm.transforms._sign_sgd import majority_vote, sign_sgd, signum
 from jaxcomm.transforms._step_sizes import (
     contraction_constants,
     econtrol_eta,
@@ -25,6 +31,7 @@ __all__ = [
     "EF21PlusState",
     "EF21State",
     "ErrorFeedbackState",
+    "OneBitAdamState",
     "PageState",
     "average",
     "compressed_average",
@@ -40,7 +47,12 @@ __all__ = [
     "ef21_step_size",
     "ef21_weights",
     "error_feedback",
+    "majority_vote",
+    "one_bit_adam",
     "page",
     "proximal_step",
+    "sign_sgd",
+    "signum",
+    "scale_by_one_bit_adam",
     "soft_threshold",
 ]
