@@ -98,11 +98,13 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str) -> dict[
             sys.exit(128 + 15)
         summary = {
             "steps": config.steps,
+            "sync_step": run.sync_step,
             "workers": config.workers,
             **task.evaluate(step.consensus(run.state)),
             "sent_bytes": run.sent_bytes,
+            "largest_step_bytes": run.largest_step_bytes,
             "dense_bytes": run.dense_step_bytes * config.steps,
-            "times_fewer_bytes": run.dense_step_bytes * config.steps / max(run.sent_bytes, 1),
+            "dense_over_sent": run.dense_step_bytes * config.steps / max(run.sent_bytes, 1),
             "seconds": run.seconds,
             "skipped": int(run.state.skipped.sum()),
             **({} if counter is None else {"counter_bytes": _counter() - counter}),

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jaxcomm.traffic import traffic
+from jaxcomm.traffic import Traffic, traffic
 from jaxcomm.training.checkpoint import Checkpointer
 from jaxcomm.training.metrics import MetricsLogger, Stopwatch
 from jaxcomm.training.step import TrainState, TrainStep
@@ -24,7 +24,9 @@ class Run(NamedTuple):
     """How a loop ended."""
 
     state: TrainState
+    sync_step: int  # meetings of the replicas
     sent_bytes: float  # by one worker, since step 0
+    largest_step_bytes: float  # of the dearest step
     dense_step_bytes: float  # that averaging float32 gradients would send, a step
     seconds: float  # wall time since the first step ended, earlier parts of the run included
     interrupted: bool  # by SIGTERM: the state is saved
@@ -86,7 +88,7 @@ def train_loop(
             last = done == steps
             values = {}
             if done % log_every == 0 or last:
-                values = _line(metrics, state, account, seconds, done)
+                values = _line(metrics, state, account, seconds)
             if evaluate and evaluate_every and done % evaluate_every == 0:
                 values |= evaluate(step.consensus(state))
             if values:
@@ -100,7 +102,9 @@ def train_loop(
         checkpointer.wait()
     if account.unseen:  # the last checkpoint was the end
         account.see(state, put_batch(step, next(data)))
-    return Run(state, account.settle(), account.dense, seconds, done < steps)
+    sent, report = account.settle(), account.report
+    largest, dense = report.largest_step_bytes, report.dense_equivalent_bytes
+    return Run(state, meetings(state), sent, largest, dense, seconds, done < steps)
 
 
 class Account:
@@ -136,10 +140,10 @@ class Account:
         return int(self.total) if float(self.total).is_integer() else self.total
 
     @property
-    def dense(self) -> float:
-        """Bytes a worker would send in a step that averages float32 gradients."""
+    def report(self) -> Traffic:
+        """The traffic of the step, once it was seen."""
         assert self._traffic is not None
-        return self._traffic.dense_equivalent_bytes
+        return self._traffic
 
 
 def put_batch(step: TrainStep, batch):
@@ -150,12 +154,16 @@ def put_batch(step: TrainStep, batch):
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
 
 
-def _line(metrics: dict, state: TrainState, account: Account, seconds: float, done: int) -> dict:
+def _line(metrics: dict, state: TrainState, account: Account, seconds: float) -> dict:
     shown = {k: np.asarray(v) for k, v in metrics.items() if k != "branches"}
     values = {k: v.item() for k, v in shown.items() if v.size == 1}
-    meetings = getattr(state.sync_state, "sync_step", done)
-    figures = {"sent_bytes": account.settle(), "seconds": seconds, "sync_step": int(meetings)}
+    figures = {"sent_bytes": account.settle(), "seconds": seconds, "sync_step": meetings(state)}
     return {**values, **figures}
+
+
+def meetings(state: TrainState) -> int:
+    """How often the replicas have met: what the sync rule counts, or every step."""
+    return int(getattr(state.sync_state, "sync_step", state.step))
 
 
 class _StopSignal:
