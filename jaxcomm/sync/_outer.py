@@ -46,6 +46,47 @@ def downhill(outer: optax.GradientTransformation, where: str) -> optax.GradientT
     return chain
 
 
+def check_communication(outer, where: str) -> optax.GradientTransformationExtraArgs:
+    """A transform that averages and keeps the direction of its input; a bare one or a chain.
+
+    Raises:
+      ValueError: it has no collective, or points against its input.
+    """
+    chain = optax.with_extra_args_support(outer)
+    names, along = (None, None) if axis.bound() else _try_out(chain)
+    if names == ():
+        raise ValueError(
+            f"{where}: the communication does not average over the workers; use "
+            "jaxcomm.average(axis_name)"
+        )
+    if along is not None and along < 0:
+        raise ValueError(
+            f"{where}: the communication turns its input around; leave the optimizer to outer="
+        )
+    return chain
+
+
+def check_optimizer(outer, where: str) -> optax.GradientTransformationExtraArgs:
+    """A transform without collectives whose updates point downhill.
+
+    Raises:
+      ValueError: it communicates, or its updates point along its input.
+    """
+    chain = optax.with_extra_args_support(outer)
+    names, along = (None, None) if axis.bound() else _try_out(chain)
+    if names:
+        raise ValueError(
+            f"{where}: the outer optimizer must not communicate (it does over "
+            f"{', '.join(map(repr, names))}); give that part as communication="
+        )
+    if along is not None and along > 0:
+        raise ValueError(
+            f"{where}: the outer optimizer would move the anchor away from the workers; end it "
+            "with optax.scale_by_learning_rate or use one such as optax.sgd(1.0)"
+        )
+    return chain
+
+
 def _try_out(chain) -> tuple[tuple[str, ...] | None, float | None]:
     """The axes that the chain communicates over, and how far a first update goes along its input.
 
@@ -72,5 +113,8 @@ def _try_out(chain) -> tuple[tuple[str, ...] | None, float | None]:
             if found is None or len(names) == _MOST_AXES:
                 return None, None
             names = (*names, found[1] or found[2])
-    with jax.ensure_compile_time_eval():
-        return names, float(mapped(dummy).sum())
+    try:
+        with jax.ensure_compile_time_eval():
+            return names, float(mapped(dummy).sum())
+    except Exception:  # fails on numbers only, or holds values of a surrounding trace
+        return names, None

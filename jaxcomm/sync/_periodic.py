@@ -140,3 +140,24 @@ def diloco(
     """
     step = optax.sgd(outer_learning_rate, momentum=outer_momentum, nesterov=True)
     return periodic(optax.chain(average(axis_name), step), every, total_steps=total_steps)
+
+
+def fed_opt(
+    axis_name: AxisName,
+    every: Schedule | int,
+    outer: optax.GradientTransformation,
+    *,
+    total_steps: int | None = None,
+) -> SyncRule:
+    """FedOpt: any Optax optimizer on the averaged displacement; FedAvg with optax.sgd(1.0).
+
+    Args:
+      axis_name: name of the worker axis.
+      every: a schedule or a number of local steps.
+      outer: the server's optimizer, for example optax.adam(0.01) for FedAdam.
+      total_steps: length of the training; the last round ends there.
+
+    References:
+      Reddi et al. 2021, "Adaptive Federated Optimization" (arXiv 2003.00295).
+    """
+    return periodic(optax.chain(average(axis_name), outer), every, total_steps=total_steps)

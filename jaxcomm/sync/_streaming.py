@@ -170,7 +170,7 @@ def streaming_diloco(
     pattern: str = "strided",
     delay: int = 0,
     mixing: float | None = None,
-    compressor: Compressor | None = fp4_e3m0(),  # noqa: B008 (a frozen dataclass)
+    compressor: Compressor | None = fp4_e3m0(),
     exchange: str = "gather",
     outer_learning_rate: float = 0.4,
     outer_momentum: float = 0.9,
