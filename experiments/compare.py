@@ -133,8 +133,8 @@ def _print(rows: list[dict[str, str]]) -> None:
         table.add_column(key, justify="left" if key == "method" else "right", no_wrap=True)
     for row in rows:
         table.add_row(*row.values())
-    console = Console()
-    console.print(table, width=None if console.is_terminal else 160, soft_wrap=True)
+    wide = None if Console().is_terminal else 160  # a pipe is not 80 columns wide
+    Console(width=wide).print(table)
 
 
 def write_report(rows: list[dict[str, str]], path: Path, command: str) -> None:
