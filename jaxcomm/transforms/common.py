@@ -10,6 +10,7 @@ import optax
 from absl import logging
 
 from jaxcomm.collectives import AxisName, all_sum, flatten, index, size
+from jaxcomm.collectives.left_dense import note_left_dense
 from jaxcomm.compressors.base import Compressor
 
 #: Name of the exchange of leaves that a rule leaves uncompressed; the traffic report lists it.
@@ -78,7 +79,11 @@ def mean_left_dense(tree, axis_name: AxisName):
 
 
 def log_dense(where: str, leaves: Sequence[str], reason: str) -> None:
-    """Logs, once a process, which leaves stay uncompressed and why; no leaves, no line."""
+    """Logs, once a process, which leaves stay uncompressed and why; no leaves, no line.
+
+    Call it in `update_fn`: the traffic report learns of them while it traces the update.
+    """
+    note_left_dense(where, leaves, reason)
     if leaves:
         _log_once(f"{where}: {len(leaves)} leaves stay dense ({reason}): {', '.join(leaves)}")
 

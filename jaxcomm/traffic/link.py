@@ -1,0 +1,114 @@
+"""A link: bandwidth in bits a second, latency in seconds.
+
+An axis is a set of workers joined by one link; a hierarchical job has one for each axis, say
+`{"chips": Link.parse("400gbit@2us"), "hosts": Link.parse("10gbit@50us")}`. A collective over
+several axes at once is held up by the slowest of their links.
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+
+_PREFIX = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
+_BANDWIDTH = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(bit|bps|bit/s|b/s)", re.IGNORECASE)
+_PER_SECOND = {"s": 1, "ms": 1e3, "us": 1e6, "ns": 1e9}
+_TIME = re.compile(r"(\d+(?:\.\d+)?)\s*(s|ms|us|ns)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Link:
+    """What joins the workers of an axis; each sends and receives at this rate at the same time.
+
+    Attributes:
+      bandwidth: bits a second that a host sends.
+      latency: seconds from sending a message to having it, beside the time its bytes take.
+      share: workers that send over one such link at the same time (those of one host).
+      overhead: bytes on the wire for each byte of a message (1.05: Ethernet frames of 1,500 bytes).
+
+    Raises:
+      ValueError: a bandwidth that is not positive, a negative latency, share or overhead below 1.
+    """
+
+    bandwidth: float
+    latency: float = 0.0
+    share: int = 1
+    overhead: float = 1.0
+
+    def __post_init__(self):
+        if not self.bandwidth > 0:
+            raise ValueError(f"Link: bandwidth must be positive, got {self.bandwidth}")
+        if not self.latency >= 0:
+            raise ValueError(f"Link: latency must not be negative, got {self.latency}")
+        if not (self.share >= 1 and self.overhead >= 1):
+            raise ValueError(
+                "Link: share and overhead must be at least 1, got "
+                f"share={self.share}, overhead={self.overhead}"
+            )
+
+    @classmethod
+    def parse(cls, text: str, **options) -> "Link":
+        """A link from '100mbit', '1gbit', '400gbit@2us' (with the latency behind an @).
+
+        As for `tc`, bit is bits a second and bps bytes a second; prefixes are powers of 1,000.
+
+        Args:
+          text: bandwidth, and perhaps the latency.
+          **options: further attributes; what the text says wins.
+
+        Raises:
+          ValueError: not a bandwidth.
+
+        Example:
+          >>> Link.parse("100mbit@50us")
+          Link(bandwidth=100000000.0, latency=5e-05, share=1, overhead=1.0)
+        """
+        rate, _, delay = text.strip().partition("@")
+        match = _BANDWIDTH.fullmatch(rate.strip())
+        if not match:
+            raise ValueError(
+                f"a link is a bandwidth such as 100mbit, 1gbit or 400gbit@2us, got {text!r}"
+            )
+        number, prefix, unit = match.groups()
+        bandwidth = float(number) * _PREFIX[prefix.lower()] * (8 if unit.lower() == "bps" else 1)
+        if delay:
+            options["latency"] = parse_seconds(delay)
+        return cls(bandwidth=bandwidth, **options)
+
+    def transfer_seconds(self, sent_bytes: float) -> float:
+        """Seconds that the bytes of one worker take, latency left out."""
+        return 8 * sent_bytes * self.share * self.overhead / self.bandwidth
+
+    def __str__(self) -> str:
+        for prefix in reversed(_PREFIX):
+            if self.bandwidth >= _PREFIX[prefix]:
+                return f"{self.bandwidth / _PREFIX[prefix]:g}{prefix}bit"
+        return f"{self.bandwidth:g}bit"
+
+
+Links = Link | Mapping[str, Link]
+
+
+def parse_seconds(text: str) -> float:
+    """Seconds of '50us', '1.5ms', '2s'.
+
+    Raises:
+      ValueError: not a time.
+    """
+    match = _TIME.fullmatch(text.strip().lower())
+    if not match:
+        raise ValueError(f"a time is a number with a unit such as 50us or 1.5ms, got {text!r}")
+    return float(match[1]) / _PER_SECOND[match[2]]
+
+
+def links_of(links: Links, axes: tuple[str, ...]) -> list[Link]:
+    """The links that a collective over these axes uses.
+
+    Raises:
+      ValueError: an axis without a link.
+    """
+    if isinstance(links, Link):
+        return [links]
+    for name in axes:
+        if name not in links:
+            raise ValueError(f"no link is given for axis {name!r}, only for {sorted(links)}")
+    return [links[name] for name in axes]

@@ -1,0 +1,162 @@
+"""How long a step takes on a link.
+
+A collective over n workers of which each sends s bytes takes, on a link of bandwidth B bits a
+second, latency L and no other traffic,
+
+    seconds = hops * L + 8 s / B,        hops = 2(n-1) all-reduce (ring), n-1 all-gather (ring),
+                                         n-1 all-to-all and reduce-scatter, 1 permute
+
+and the collectives of a step one after another; nothing is assumed to hide behind computation:
+
+    step = compute + codec + sum of every step's + share of steps that meet * sum of a meeting's
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+from jaxcomm.traffic.ledger import Collective, Traffic, extreme
+from jaxcomm.traffic.link import Links, links_of
+
+HOPS = {
+    "all-reduce": lambda n: 2 * (n - 1),
+    "all-gather": lambda n: n - 1,
+    "all-to-all": lambda n: n - 1,
+    "reduce-scatter": lambda n: n - 1,
+    "permute": lambda n: 1 if n > 1 else 0,
+}
+Branches = tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Timed:
+    """A collective with its predicted time."""
+
+    collective: Collective
+    latency_seconds: float
+    transfer_seconds: float
+    share: float  # of the steps in which it runs
+
+    @property
+    def seconds(self) -> float:
+        """Seconds when it runs."""
+        return self.latency_seconds + self.transfer_seconds
+
+    @property
+    def seconds_per_step(self) -> float:
+        """Seconds a step, on average."""
+        return self.share * self.seconds
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """Predicted times of a step, in seconds, and bytes one worker sends; averages over steps."""
+
+    collectives: tuple[Timed, ...]
+    compute_seconds: float
+    codec_seconds: float
+
+    @property
+    def every_step_seconds(self) -> float:
+        """Communication of every step."""
+        return sum(t.seconds for t in self.collectives if not t.collective.when)
+
+    @property
+    def sync_seconds_per_step(self) -> float:
+        """Communication inside conditionals, spread over all steps."""
+        return self.communication_seconds - self.every_step_seconds
+
+    @property
+    def communication_seconds(self) -> float:
+        """All communication a step."""
+        return sum(t.seconds_per_step for t in self.collectives)
+
+    @property
+    def latency_seconds(self) -> float:
+        """The part of the communication that no bandwidth shortens."""
+        return sum(t.share * t.latency_seconds for t in self.collectives)
+
+    @property
+    def transfer_seconds(self) -> float:
+        """The part that the bytes take."""
+        return sum(t.share * t.transfer_seconds for t in self.collectives)
+
+    @property
+    def step_seconds(self) -> float:
+        """A step, all in all."""
+        return self.compute_seconds + self.codec_seconds + self.communication_seconds
+
+    @property
+    def bytes_per_step(self) -> float:
+        """Bytes that one worker sends."""
+        return sum(t.share * t.collective.sent_bytes for t in self.collectives)
+
+    def by_op(self) -> dict[str, float]:
+        """Seconds a step by collective."""
+        totals: dict[str, float] = {}
+        for t in self.collectives:
+            totals[t.collective.op] = totals.get(t.collective.op, 0.0) + t.seconds_per_step
+        return totals
+
+
+def predict(
+    traffic: Traffic,
+    link: Links,
+    *,
+    compute_seconds: float = 0.0,
+    codec_seconds: float = 0.0,
+    rounds_per_step: float = 1.0,
+    branches: Mapping[Branches, float] | None = None,
+) -> Prediction:
+    """Predicts the average step of a method on a link.
+
+    Args:
+      traffic: what the step sends.
+      link: the link between workers, or one for each axis: `{"chips": fast, "hosts": slow}`.
+      compute_seconds: a step's computation without the method (gradient and optimizer).
+      codec_seconds: what encoding and decoding add, a step.
+      rounds_per_step: meetings a step (1/8 for `every(8)`): the share of the dearest step, the
+        others being the cheapest one.
+      branches: instead of it, share of the steps by the branches they take
+        (`metrics['branches']` of a run), for methods with several conditionals.
+
+    Returns:
+      A Prediction.
+
+    Raises:
+      ValueError: an axis without a link, negative seconds, or shares that are not in [0, 1].
+
+    Example:
+      >>> import jaxcomm
+      >>> mean = jaxcomm.Collective("all-reduce", ("w",), 4, "float32", (10**6,), "values", 1, ())
+      >>> step = jaxcomm.Traffic((mean,), (), workers=4, elements=10**6)
+      >>> round(jaxcomm.predict(step, jaxcomm.Link.parse("100mbit@1ms")).step_seconds, 6)
+      0.486
+    """
+    for name, value in (("compute_seconds", compute_seconds), ("codec_seconds", codec_seconds)):
+        if value < 0:
+            raise ValueError(f"predict: {name} must not be negative, got {value}")
+    shares = _shares(traffic, link, rounds_per_step, branches)
+    timed = (Timed(c, *_seconds(c, link), shares[i]) for i, c in enumerate(traffic.collectives))
+    return Prediction(tuple(timed), compute_seconds, codec_seconds)
+
+
+def _seconds(c: Collective, link: Links) -> tuple[float, float]:
+    """Seconds of latency and of transfer on the link that takes longest."""
+    hops = HOPS[c.op](c.workers) * c.times
+    each = [(hops * k.latency, k.transfer_seconds(c.sent_bytes)) for k in links_of(link, c.axes)]
+    return max(each, key=sum)
+
+
+def _shares(traffic, link, rounds_per_step, branches) -> list[float]:
+    """Of each collective: the share of the steps that run it."""
+    if branches is not None:
+        if any(v < 0 for v in branches.values()) or abs(sum(branches.values()) - 1) > 1e-6:
+            raise ValueError(f"predict: the shares of branches must sum to 1, got {branches}")
+        runs = [({id(c) for c in traffic.during(b)}, share) for b, share in branches.items()]
+    else:
+        if not 0 <= rounds_per_step <= 1:
+            raise ValueError(f"predict: rounds_per_step must be in [0, 1], got {rounds_per_step}")
+        cost = lambda c: sum(_seconds(c, link))
+        dear, cheap = ({id(c) for c in extreme(traffic.collectives, cost, f)} for f in (max, min))
+        runs = [(dear, rounds_per_step), (cheap, 1 - rounds_per_step)]
+    return [sum(share for run, share in runs if id(c) in run) for c in traffic.collectives]
