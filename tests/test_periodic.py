@@ -256,3 +256,42 @@ def test_narrow_parameters_keep_their_dtype_and_a_float32_anchor():
     assert x.dtype == jnp.bfloat16
     assert state.anchor.dtype == jnp.float32
     np.testing.assert_array_equal(x, state.anchor.astype(jnp.bfloat16))
+
+
+def sparse_reference(q, rounds, every, k, decay, nu):
+    """SparseLoCo with float32 values: anchors after every round."""
+    z, e, history = q.x0.astype(np.float64), np.zeros((q.n, len(q.x0))), []
+    for _ in range(rounds):
+        x = np.tile(z, (q.n, 1))
+        for _ in range(every):
+            x = x - 0.1 * q.gradients(x)
+        e = decay * e + (z - x)
+        sent = np.where(np.abs(e) >= np.sort(np.abs(e), 1)[:, -k][:, None], e, 0)
+        e, z = e - sent, z - nu * sent.mean(0)
+        history.append(z)
+    return np.stack(history)
+
+
+def test_sparse_loco_follows_its_equations():
+    q = Quadratic()
+    rule = jaxcomm.sparse_loco(AXIS, 3, k=2, bits=None, outer_learning_rate=0.8)
+    _, seen = run(rule, optax.sgd(0.1), q.loss, q.data, q.x0, 30)
+    want = sparse_reference(q, 10, 3, 2, 0.95, 0.8)
+    np.testing.assert_allclose(np.asarray(seen)[0, 2::3], want, atol=1e-5)
+
+
+def test_sparse_loco_that_sends_all_is_local_sgd():
+    q = Quadratic()
+    rule = jaxcomm.sparse_loco(AXIS, 3, density=1.0, bits=None, decay=0.0)
+    got = run(rule, optax.sgd(0.1), q.loss, q.data, q.x0, 30)[1]
+    want = run(jaxcomm.local_sgd(AXIS, 3), optax.sgd(0.1), q.loss, q.data, q.x0, 30)[1]
+    np.testing.assert_allclose(got, want, atol=1e-6)
+
+
+def test_two_bits_of_few_coordinates_reach_the_same_place():
+    q = Quadratic(d=64)
+    rule = jaxcomm.sparse_loco(AXIS, 5, k=8, chunk_size=32)
+    (x, _, _), _ = run(rule, optax.sgd(0.1), q.loss, q.data, q.x0, 600)
+    excess = lambda x: np.sum(q.a * (x - q.b.mean(0)) ** 2)
+    # not further: a memory that decays forgets what was too small to be sent
+    assert excess(np.asarray(x)[0]) < 3e-2 * excess(q.x0)

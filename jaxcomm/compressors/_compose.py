@@ -45,9 +45,13 @@ class Composed(Sparsifier):
         values = self.quantizer.decode(self._coded(payload), self.count(size))
         return self.place(values, self._metadata(payload), size)
 
-    def decode_sum(self, payloads: Payload, size: int) -> jax.Array:
+    def decode_sum(
+        self, payloads: Payload, size: int, coefficients: jax.Array | None = None
+    ) -> jax.Array:
         one = lambda coded: self.quantizer.decode(coded, self.count(size))
         values = jax.vmap(one)(self._coded(payloads))
+        if coefficients is not None:
+            values = coefficients[:, None] * values
         return self.place(values, self._metadata(payloads), size)
 
     def _metadata(self, payload: Payload) -> Payload:

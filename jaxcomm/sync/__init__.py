@@ -5,6 +5,7 @@ from jaxcomm.sync._periodic import PeriodicState, diloco, fed_opt, local_sgd, pe
 from jaxcomm.sync._rule import SyncRule
 from jaxcomm.sync._schedules import every, post_local, power_rule, qsr, swap, sync_steps
 from jaxcomm.sync._slowmo import SlowMomentumState, co2, relative_gap, slow_momentum, slowmo
+from jaxcomm.sync._sparse_loco import sparse_loco
 from jaxcomm.sync._streaming import StreamingState, streaming, streaming_diloco
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "relative_gap",
     "slow_momentum",
     "slowmo",
+    "sparse_loco",
     "streaming",
     "streaming_diloco",
     "swap",
