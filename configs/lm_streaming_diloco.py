@@ -1,0 +1,16 @@
+"""Streaming DiLoCo, four fragments, fp4, overlap of two steps; a language model, 8 workers.
+
+Source: Douillard et al. 2025, "Streaming DiLoCo with overlapping communication" (arXiv
+2501.18512).
+
+    python -m experiments.train --config=configs/lm_streaming_diloco.py
+"""
+
+from configs import common
+
+
+def get_config(argument=None):
+    config = common.lm(argument)
+    config.tx = "optax.adamw(learning_rate)"
+    config.sync = "streaming_diloco(axis_name, 32, 4, delay=2, total_steps=steps)"
+    return config
