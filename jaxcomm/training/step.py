@@ -17,14 +17,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from absl import logging
 from jax.sharding import Mesh
 
 from jaxcomm.collectives import all_sum, axis
 from jaxcomm.collectives.axis import AxisName
 from jaxcomm.collectives.conditional import Choices, record_choices
 from jaxcomm.sync._rule import SyncRule
+from jaxcomm.traffic.count import count
 from jaxcomm.training.placement import infer_places
 from jaxcomm.training.workers import Place, Workers
+
+METRICS = "metrics"  # part of the small sum that every step of a gradient method makes
 
 
 class TrainState(NamedTuple):
@@ -62,7 +66,8 @@ class TrainStep:
     def _init(self, params, key) -> TrainState:
         sync_state = self._sync.init(params) if self._sync else ()
         zero = jnp.zeros((), jnp.int32)
-        return TrainState(zero, params, self._tx.init(params), sync_state, key, zero)
+        state = TrainState(zero, params, self._tx.init(params), sync_state, key, zero)
+        return jax.tree.map(_strong, state)
 
     def _step(self, state: TrainState, batch):
         """One step of one worker; also returns its metrics, and the branches that were taken."""
@@ -112,7 +117,7 @@ class TrainStep:
         leaves, treedef = jax.tree.flatten(metrics)
         flat = [jnp.where(finite, 0.0, 1.0).reshape(1)]
         flat += [x.astype(jnp.float32).reshape(-1) for x in leaves]
-        total = all_sum(jnp.concatenate(flat), self.workers.axis_name, "metrics")
+        total = all_sum(jnp.concatenate(flat), self.workers.axis_name, METRICS)
         means = jnp.split(total[1:] / self.workers.count, np.cumsum([x.size for x in leaves])[:-1])
         means = [mean.reshape(x.shape) for mean, x in zip(means, leaves)]
         return total[0] == 0, jax.tree.unflatten(treedef, means)
@@ -128,8 +133,30 @@ class TrainStep:
             zeros = axis.varying(zeros, self.workers.axis_name)
             return self._apply(state, *zeros, optax.tree.sum)[0]  # any loss: only types matter
 
-        self.places, state = infer_places(self._init, one_step, self.workers, params, key)
+        places, state = infer_places(self._init, one_step, self.workers, params, key)
+        if self._sync is None and self.workers.count > 1:
+            self._check_meeting(one_step, places, state)
+        self.places = places
         return state
+
+    def _check_meeting(self, one_step, places, state) -> None:
+        """Replicas that differ between workers must at least communicate now and then."""
+        apart = [
+            jax.tree_util.keystr(path)
+            for path, place in jax.tree.leaves_with_path(places.params)
+            if place is Place.PER_WORKER
+        ]
+        if not apart:
+            return
+        fn = self.workers.trace_map(one_step, (places,), places)
+        sizes = dict(zip(self.workers.names, self.workers.sizes))
+        if all(c.part == METRICS for c in count(fn, state, axis_sizes=sizes)):
+            raise ValueError(
+                "tx does not communicate, so that the replicas would drift apart: put "
+                f"jaxcomm.average({self.workers.axis_name!r}) first in its chain, or pass sync="
+            )
+        if len(apart) < len(jax.tree.leaves(places.params)):
+            logging.warning("only these parameters differ between workers: %s", ", ".join(apart))
 
     def init(self, params, key) -> TrainState:
         """The state before the first step, placed on the workers.
@@ -253,7 +280,8 @@ def make_train_step(
       `step.consensus(state)`.
 
     Raises:
-      ValueError: contradictory modes, or an axis that the mesh does not have.
+      ValueError: contradictory modes, or an axis that the mesh does not have; later, from
+        `init`: a tx that never communicates, without a sync rule.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, jaxcomm
@@ -284,6 +312,12 @@ def _all_finite(tree) -> jax.Array:
 def _typed(key):
     typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
     return key if typed else jax.random.wrap_key_data(key)
+
+
+def _strong(x):
+    """Without JAX's weak type, which the first step would drop: it would be traced twice."""
+    x = jnp.asarray(x)
+    return x.astype(x.dtype) if getattr(jax.typeof(x), "weak_type", False) else x
 
 
 def _abstract(x):
