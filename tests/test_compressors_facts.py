@@ -14,7 +14,8 @@ from test_compressors import FAST_COMPILE, TABLE
 
 from jaxcomm import compressors as C
 from jaxcomm.compressors._dct import dct_basis
-from jaxcomm.compressors._threshold import mask_words, positions_of, spread
+from jaxcomm.compressors._select import mask_words, positions_of
+from jaxcomm.compressors._threshold import spread
 from jaxcomm.compressors.base import Compressor
 from jaxcomm.compressors.sparse import kept
 

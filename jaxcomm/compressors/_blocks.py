@@ -1,43 +1,37 @@
-"""Blocks of a vector without padding it: the whole blocks as rows, then a short last row.
+"""Blocks of a vector: one number for each, and back to one for each coordinate.
 
-Padding would cost a copy, and padded zeros would enter minima and means.
+The vector is never padded: whole blocks are reduced as rows, a short last one by itself.
 """
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 
-def rows(x: jax.Array, block_size: int | None) -> list[jax.Array]:
-    """One or two arrays (n, block): whole blocks and, if there is one, the short last block."""
+def reduce_blocks(
+    fn: Callable[[jax.Array], jax.Array], x: jax.Array, block_size: int | None
+) -> jax.Array:
+    """`fn` of rows (n, block) to (n,), over all blocks: shape (blocks,); no block for size 0."""
     size = x.shape[0]
-    block = block_size or max(size, 1)
+    block = widest(size, block_size)
     whole = size // block * block
-    pieces = []
-    if whole or not size:
-        pieces.append(x[:whole].reshape(-1, block))
-    if whole < size:
-        pieces.append(x[whole:].reshape(1, -1))
-    return pieces
+    if whole == size:
+        return fn(x.reshape(-1, block))
+    return jnp.concatenate([fn(x[:whole].reshape(-1, block)), fn(x[whole:].reshape(1, -1))])
 
 
-def columns(per_block: jax.Array, size: int, block_size: int | None) -> list[jax.Array]:
-    """The same split of a vector with one entry a block, as (n, 1)."""
-    whole = size // (block_size or max(size, 1))
-    pieces = []
-    if whole or not size:
-        pieces.append(per_block[:whole, None])
-    if whole < per_block.shape[0]:
-        pieces.append(per_block[whole:, None])
-    return pieces
+def expand(per_block: jax.Array, size: int, block_size: int | None) -> jax.Array:
+    """Each coordinate's block entry, to multiply with: (size,), or (1,) where that is enough.
 
-
-def join(pieces: list[jax.Array]) -> jax.Array:
-    """The pieces as one vector again."""
-    return (
-        pieces[0].reshape(-1)
-        if len(pieces) == 1
-        else jnp.concatenate([piece.reshape(-1) for piece in pieces])
-    )
+    XLA fuses this broadcast, reshape and slice into the pass that uses it; `jnp.repeat` and
+    concatenated pieces were measured 4 to 100 times slower.
+    """
+    if per_block.shape[0] <= 1:
+        return per_block
+    block = widest(size, block_size)
+    spread = jnp.broadcast_to(per_block[:, None], (per_block.shape[0], block))
+    return spread.reshape(-1)[:size]
 
 
 def widest(size: int, block_size: int | None) -> int:
@@ -45,6 +39,26 @@ def widest(size: int, block_size: int | None) -> int:
     return max(1, min(block_size or size, size))
 
 
+def largest(x: jax.Array, block_size: int | None) -> jax.Array:
+    """max|x| of each block."""
+    return reduce_blocks(lambda rows: jnp.abs(rows).max(1), x, block_size)
+
+
+def norms(x: jax.Array, block_size: int | None, norm: str) -> jax.Array:
+    """`l2` or `max` norm of each block."""
+    top = largest(x, block_size)
+    if norm == "max":
+        return top
+    scaled = x * expand(inverse(top), x.shape[0], block_size)  # 1e-25 squared is no float32
+    return top * jnp.sqrt(reduce_blocks(lambda rows: (rows * rows).sum(1), scaled, block_size))
+
+
+def inverse(scale: jax.Array) -> jax.Array:
+    """1 / scale, and 0 for a scale of 0: such a block decodes to exact zeros."""
+    return jnp.where(scale == 0, 0.0, 1.0 / jnp.where(scale == 0, 1.0, scale))
+
+
 def check_block_size(name: str, block_size: int | None) -> None:
+    """`block_size` is None or at least 1."""
     if block_size is not None and block_size < 1:
         raise ValueError(f"{name}: block_size must be at least 1 or None, got {block_size}")

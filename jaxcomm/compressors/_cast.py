@@ -33,9 +33,12 @@ class Cast(Compressor):
         if not self.scaled:
             return {"values": lax.bitcast_convert_type(x.astype(narrow), wire)}
         exponent = _scale_exponent(x, int(jnp.finfo(narrow).maxexp) - 1)
-        shrunk = (x * _power_of_two(254 - exponent)).astype(narrow)
-        scale = _power_of_two(exponent).reshape(1)
-        return {"values": lax.bitcast_convert_type(shrunk, wire), "scale": scale}
+        shrunk = x * _power_of_two(254 - exponent)
+        if narrow.itemsize == 1:
+            codes = _float8_bits(shrunk, jnp.finfo(narrow))
+        else:
+            codes = lax.bitcast_convert_type(shrunk.astype(narrow), wire)
+        return {"values": codes, "scale": _power_of_two(exponent).reshape(1)}
 
     def decode(self, payload: Payload, size: int) -> jax.Array:
         narrow = lax.bitcast_convert_type(payload["values"], jnp.dtype(self.dtype))
@@ -52,6 +55,23 @@ class Cast(Compressor):
         error = rounding**2 + size * step**2
         # The largest coordinate is always coded to within u: the other bound for huge sizes.
         return max(1.0 - error, (1.0 - rounding**2) / max(size, 1))
+
+
+def _float8_bits(x: jax.Array, info) -> jax.Array:
+    """The bits of x.astype(a float8) for finite values in its range, by integer arithmetic.
+
+    XLA's own conversion is scalar code on CPU, 4 times slower. Normal numbers: round the mantissa
+    half to even and shift; subnormal ones: let a float32 addition round to their fixed step.
+    """
+    keep, bias = int(info.nmant), 1 - int(info.minexp)
+    pattern = lax.bitcast_convert_type(x, jnp.uint32)
+    size, drop = pattern & 0x7FFFFFFF, 23 - keep
+    rounded = (size + ((1 << (drop - 1)) - 1) + ((size >> drop) & 1)) >> drop
+    magic = jnp.float32(2.0 ** (1 - bias - keep + 23))
+    to_bits = lambda v: lax.bitcast_convert_type(v, jnp.uint32)
+    subnormal = to_bits(jnp.abs(x) + magic) - to_bits(magic)
+    code = jnp.where(size < (128 - bias) << 23, subnormal, rounded - ((127 - bias) << keep))
+    return (code | ((pattern >> 31) << 7)).astype(jnp.uint8)
 
 
 def _power_of_two(biased_exponent: jax.Array) -> jax.Array:

@@ -13,8 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxcomm.compressors import packing
-from jaxcomm.compressors._blocks import check_block_size, columns, join, rows, widest
-from jaxcomm.compressors._qsgd import inverse, row_norms
+from jaxcomm.compressors._blocks import check_block_size, expand, inverse, largest, widest
 from jaxcomm.compressors.base import Compressor, Payload
 
 
@@ -26,10 +25,9 @@ class Fp4E3M0(Compressor):
 
     def encode(self, x: jax.Array, key: jax.Array | None = None) -> Payload:
         del key
-        split = rows(x, self.block_size)
-        tops = [row_norms(row, "max") for row in split]
-        codes = [_code(row * inverse(top)) for row, top in zip(split, tops)]
-        return {"values": packing.pack(join(codes), 4), "scale": join(tops) * 2.0**-4}
+        top = largest(x, self.block_size)
+        codes = _code(x * expand(inverse(top), x.shape[0], self.block_size))
+        return {"values": packing.pack(codes, 4), "scale": top * 2.0**-4}
 
     def decode(self, payload: Payload, size: int) -> jax.Array:
         codes = packing.unpack(payload["values"], 4, size)
@@ -37,8 +35,7 @@ class Fp4E3M0(Compressor):
         # 2^(c-3) has the biased exponent c + 124; the sign is bit 3 of the code.
         pattern = ((codes >> 3) << 31) | jnp.where(exponent == 0, 0, (exponent + 124) << 23)
         values = lax.bitcast_convert_type(pattern, jnp.float32)
-        scales = columns(payload["scale"], size, self.block_size)
-        return join([v * s for v, s in zip(rows(values, self.block_size), scales)])
+        return values * expand(payload["scale"], size, self.block_size)
 
     def alpha(self, size: int) -> float:
         """8/9 unless so many coordinates fall below max|x| / 128 that they outweigh the rest."""

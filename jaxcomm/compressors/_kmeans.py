@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 
 from jaxcomm.compressors import packing
-from jaxcomm.compressors._blocks import rows
 from jaxcomm.compressors.base import Compressor, Payload
 
 
@@ -59,11 +58,13 @@ class KMeans(Compressor):
         return jnp.sort(jnp.where(pinned, 0.0, codebook))  # equal values may change places
 
     def _lloyd(self, x: jax.Array, codebook: jax.Array) -> jax.Array:
-        sums, counts = jnp.zeros((self.k,)), jnp.zeros((self.k,))
-        for row in rows(x, 1024):  # float32 sums in two stages
-            mine = nearest(row, codebook)[..., None] == jnp.arange(self.k, dtype=jnp.uint8)
-            sums += jnp.where(mine, row[..., None], 0.0).sum(1).sum(0)
-            counts += mine.astype(jnp.float32).sum(1).sum(0)
+        codes = nearest(x, codebook)
+
+        def total(j):
+            mine = codes == j
+            return jnp.where(mine, x, 0.0).sum(), mine.astype(jnp.float32).sum()
+
+        sums, counts = jax.lax.map(total, jnp.arange(self.k, dtype=jnp.uint8))
         moved = jnp.where(counts > 0, sums / jnp.maximum(counts, 1.0), codebook)
         return jnp.where(codebook == 0, 0.0, moved) if self.pin_zero else moved
 

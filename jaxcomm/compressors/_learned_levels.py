@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcomm.compressors._blocks import rows
+from jaxcomm.compressors._blocks import expand, inverse, reduce_blocks
 
 
 def learn_levels(
@@ -55,15 +55,13 @@ def learn_levels(
     if start.shape != (2**bits,):
         raise ValueError(f"learn_levels: levels must have {2**bits} entries, got {start.shape[0]}")
     flat = jnp.asarray(x, jnp.float32).reshape(-1)
-    values = jnp.concatenate([_normalise(row).reshape(-1) for row in rows(flat, block_size)])
+    low = reduce_blocks(lambda rows: rows.min(1), flat, block_size)
+    width = reduce_blocks(lambda rows: rows.max(1), flat, block_size) - low
+    to_all = lambda part: expand(part, flat.shape[0], block_size)
+    values = (flat - to_all(low)) * to_all(inverse(width))
     values = values[:: -(-values.shape[0] // samples)] if values.shape[0] else values
     fitted = np.sort(np.asarray(_descend(start, values, learning_rate), np.float64))
     return _separate(np.clip(fitted, 0.0, 1.0))
-
-
-def _normalise(row: jax.Array) -> jax.Array:
-    low, high = row.min(1, keepdims=True), row.max(1, keepdims=True)
-    return (row - low) / jnp.where(high > low, high - low, 1.0)
 
 
 @jax.jit

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxcomm.compressors import packing
-from jaxcomm.compressors._blocks import check_block_size, columns, join, rows, widest
-from jaxcomm.compressors._qsgd import check_levels_and_norm, inverse, row_norms
+from jaxcomm.compressors import _noise, packing
+from jaxcomm.compressors._blocks import check_block_size, expand, inverse, norms, widest
+from jaxcomm.compressors._qsgd import check_levels_and_norm
 from jaxcomm.compressors.base import Compressor, Payload, require_key
 
 _MANTISSA = 0x7FFFFF
@@ -26,7 +26,7 @@ class Natural(Compressor):
 
     def encode(self, x: jax.Array, key: jax.Array | None = None) -> Payload:
         pattern = lax.bitcast_convert_type(x, jnp.uint32)
-        random = jax.random.bits(require_key(key, "natural"), x.shape)
+        random = _noise.bits(require_key(key, "natural"), x.shape[0])
         exponent = round_exponent(pattern, random)
         # The largest finite exponent does not carry into the pattern of infinity.
         exponent = jnp.where((pattern >> 23) & 0xFF < 255, jnp.minimum(exponent, 254), exponent)
@@ -56,20 +56,16 @@ class NaturalDithering(Compressor):
         return (2 * self.levels).bit_length()
 
     def encode(self, x: jax.Array, key: jax.Array | None = None) -> Payload:
-        random = jax.random.bits(require_key(key, "natural_dithering"), x.shape)
-        split = lambda v: rows(v, self.block_size)
-        norms = [row_norms(row, self.norm) for row in split(x)]
-        codes = [
-            self._code(row * inverse(norm), r)
-            for row, norm, r in zip(split(x), norms, split(random))
-        ]
-        return {"values": packing.pack(join(codes), self.bits), "scale": join(norms)}
+        random = _noise.bits(require_key(key, "natural_dithering"), x.shape[0])
+        norm = norms(x, self.block_size, self.norm)
+        codes = self._code(x * expand(inverse(norm), x.shape[0], self.block_size), random)
+        return {"values": packing.pack(codes, self.bits), "scale": norm}
 
     def _code(self, v: jax.Array, random: jax.Array) -> jax.Array:
         """Level 0 is zero, level j is 2^(j - s); negative values count down from s."""
         s, size = self.levels, jnp.abs(v)
         level = round_exponent(lax.bitcast_convert_type(size, jnp.uint32), random) - (127 - s)
-        uniform = (random >> 8).astype(jnp.float32) * 2.0**-24
+        uniform = (random >> 8).astype(jnp.int32).astype(jnp.float32) * 2.0**-24
         level = jnp.where(size >= 2.0 ** (1 - s), level, uniform < size * 2.0 ** (s - 1))
         level = jnp.minimum(level, s)
         return jnp.where(v < 0, s - level, s + level)
@@ -80,8 +76,7 @@ class NaturalDithering(Compressor):
         exponent = (jnp.abs(level) + (127 - self.levels)).astype(jnp.uint32)
         power = lax.bitcast_convert_type(exponent << 23, jnp.float32)
         values = jnp.where(level == 0, 0.0, jnp.where(level < 0, -power, power))
-        norms = columns(payload["scale"], size, self.block_size)
-        return join([v * norm for v, norm in zip(rows(values, self.block_size), norms)])
+        return values * expand(payload["scale"], size, self.block_size)
 
     def omega(self, size: int) -> float:
         """1/8 + sqrt(d) t min(1, sqrt(d) t), t = 2^(1-s) the smallest level, d the block."""

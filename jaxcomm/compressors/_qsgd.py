@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcomm.compressors import _noise, packing
-from jaxcomm.compressors._blocks import check_block_size, columns, join, rows, widest
+from jaxcomm.compressors._blocks import check_block_size, expand, inverse, norms, widest
 from jaxcomm.compressors.base import Compressor, Payload, require_key
 
 
@@ -29,47 +29,21 @@ class Qsgd(Compressor):
 
     def encode(self, x: jax.Array, key: jax.Array | None = None) -> Payload:
         noise = _noise.uniform(require_key(key, "qsgd"), x.shape[0])
-        split = lambda v: rows(v, self.block_size)
-        norms = [row_norms(row, self.norm) for row in split(x)]
+        norm = norms(x, self.block_size, self.norm)
+        v = x * expand(inverse(norm) * self.levels, x.shape[0], self.block_size)
         # floor(v + u) of a signed v is the rule for |v| with its sign put back.
-        codes = [
-            jnp.floor(row * (self.levels * inverse(norm)) + self.levels + u)
-            for row, norm, u in zip(split(x), norms, split(noise))
-        ]
-        codes = jnp.clip(join(codes), 0, 2 * self.levels)
-        return {
-            "values": packing.pack(codes.astype(jnp.uint32), self.bits),
-            "scale": join(norms),
-        }
+        codes = jnp.clip(v + (noise + self.levels), 0, 2 * self.levels).astype(jnp.int32)
+        return {"values": packing.pack(codes, self.bits), "scale": norm}
 
     def decode(self, payload: Payload, size: int) -> jax.Array:
         codes = packing.unpack(payload["values"], self.bits, size).astype(jnp.int32) - self.levels
-        norms = columns(payload["scale"], size, self.block_size)
-        return join(
-            [
-                code.astype(jnp.float32) * (norm * (1.0 / self.levels))
-                for code, norm in zip(rows(codes, self.block_size), norms)
-            ]
-        )
+        step = payload["scale"] * (1.0 / self.levels)
+        return codes.astype(jnp.float32) * expand(step, size, self.block_size)
 
     def omega(self, size: int) -> float:
         """min(d/s^2, sqrt(d)/s) of a block; with the max norm (d-1)/(4 s^2) for the first."""
         d, s = widest(size, self.block_size), self.levels
         return min(d / s**2 if self.norm == "l2" else (d - 1) / (4 * s**2), math.sqrt(d) / s)
-
-
-def row_norms(x: jax.Array, norm: str) -> jax.Array:
-    """l2 or max norm of each row, (n, 1)."""
-    top = jnp.abs(x).max(1, keepdims=True, initial=0.0)
-    if norm == "max":
-        return top
-    scaled = x * inverse(top)  # squares of 1e-25 or 1e25 do not fit into float32
-    return top * jnp.sqrt((scaled * scaled).sum(1, keepdims=True))
-
-
-def inverse(norm: jax.Array) -> jax.Array:
-    """1 / norm, and 0 for a zero row, which then decodes to zeros."""
-    return jnp.where(norm == 0, 0.0, 1.0 / jnp.where(norm == 0, 1.0, norm))
 
 
 def check_levels_and_norm(name: str, levels: int, norm: str, most: int) -> None:

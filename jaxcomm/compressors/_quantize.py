@@ -25,7 +25,14 @@ import jax
 import jax.numpy as jnp
 
 from jaxcomm.compressors import _noise, packing
-from jaxcomm.compressors._blocks import check_block_size, columns, join, rows, widest
+from jaxcomm.compressors._blocks import (
+    check_block_size,
+    expand,
+    inverse,
+    largest,
+    reduce_blocks,
+    widest,
+)
 from jaxcomm.compressors.base import Compressor, Payload, require_key
 
 
@@ -44,30 +51,20 @@ class Quantize(Compressor):
         return self.rounding == "shift"
 
     def encode(self, x: jax.Array, key: jax.Array | None = None) -> Payload:
+        step, offset = self._grid(x)
+        to_all = lambda part: expand(part, x.shape[0], self.block_size)
+        v = x if offset is None else x - to_all(offset)
         shift, noise = self._draw(x.shape[0], key)
-        grids = [self._grid(row) for row in rows(x, self.block_size)]
-        codes = [
-            self._code((row - offset) * _inverse(step), u)
-            for row, (step, offset), u in zip(rows(x, self.block_size), grids, noise)
-        ]
-        payload = {
-            "values": packing.pack(join(codes), self.bits),
-            "scale": join([step for step, _ in grids]),
-        }
-        if self.scheme == "minmax":
-            payload["offset"] = join([offset for _, offset in grids])
-        if shift is not None:
-            payload["shift"] = shift
-        return payload
+        codes = self._code(v * to_all(inverse(step)), noise)
+        parts = {"scale": step, "offset": offset, "shift": shift}
+        kept = {name: part for name, part in parts.items() if part is not None}
+        return {"values": packing.pack(codes, self.bits), **kept}
 
     def decode(self, payload: Payload, size: int) -> jax.Array:
         codes = packing.unpack(payload["values"], self.bits, size)
-        split = lambda part: columns(part, size, self.block_size)
-        steps = split(payload["scale"])
-        offsets = split(payload["offset"]) if self.scheme == "minmax" else [0.0] * len(steps)
-        shift = payload.get("shift")
-        code_rows = rows(codes, self.block_size)
-        return join([self._value(c, shift) * s + o for c, s, o in zip(code_rows, steps, offsets)])
+        to_all = lambda part: expand(part, size, self.block_size)
+        value = self._value(codes, payload.get("shift")) * to_all(payload["scale"])
+        return value + to_all(payload["offset"]) if "offset" in payload else value
 
     def alpha(self, size: int) -> float | None:
         """Nearest rounding: the worst case over all vectors, None where there is none."""
@@ -107,30 +104,27 @@ class Quantize(Compressor):
             return top / 2
         return float(2 ** (self.bits - 1) - (self.rounding == "stochastic"))
 
-    def _grid(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Step and offset of each row, (n, 1); the offset of a symmetric grid is the scalar 0."""
-        top, zero = 2**self.bits - 1, jnp.float32(0)
-        if self.scheme == "minmax":
-            low, high = x.min(1, keepdims=True), x.max(1, keepdims=True)
-            return (high - low) * (1.0 if self.levels else 1.0 / top), low
-        if self.rounding != "nearest":
-            return jnp.abs(x).max(1, keepdims=True) * (1.0 / self._zero()), zero
-        if self.bits == 1:
-            return jnp.abs(x).mean(1, keepdims=True) * 2.0, zero
-        low, high = x.min(1, keepdims=True), x.max(1, keepdims=True)
-        return jnp.where(high >= -low, -high, -low) * (1.0 / self._zero()), zero
+    def _grid(self, x: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        """Step and (minmax only) offset of each block."""
+        of_blocks = lambda fn: reduce_blocks(fn, x, self.block_size)
+        if self.scheme == "symmetric" and self.rounding != "nearest":
+            return largest(x, self.block_size) * (1.0 / self._zero()), None
+        if self.scheme == "symmetric" and self.bits == 1:
+            return of_blocks(lambda rows: jnp.abs(rows).mean(1)) * 2.0, None
+        low, high = of_blocks(lambda rows: rows.min(1)), of_blocks(lambda rows: rows.max(1))
+        if self.scheme == "symmetric":
+            return jnp.where(high >= -low, -high, -low) * (1.0 / self._zero()), None
+        return (high - low) * (1.0 if self.levels else 1.0 / (2**self.bits - 1)), low
 
     def _draw(self, size: int, key: jax.Array | None):
-        """The shared shift, (1,), and the noise to add in front of floor, as rows."""
-        block = self.block_size or max(size, 1)
-        count = 2 if size > block and size % block else 1
+        """The shared shift, (1,), if any, and the noise to add in front of floor."""
         if self.rounding == "nearest":
-            return None, [None] * count
+            return None, None
         key = require_key(key, f"quantize(rounding={self.rounding!r})")
-        if self.rounding == "shift":
-            shift = jax.random.uniform(key, (1,))
-            return shift, [shift] * count
-        return None, rows(_noise.uniform(key, size), self.block_size)
+        if self.rounding == "stochastic":
+            return None, _noise.uniform(key, size)
+        shift = jax.random.uniform(key, (1,))
+        return shift, shift
 
     def _code(self, v: jax.Array, noise: jax.Array | None) -> jax.Array:
         """Codes of values in steps from the offset."""
@@ -138,16 +132,21 @@ class Quantize(Compressor):
             middles = [(a + b) / 2 for a, b in itertools.pairwise(self.levels)]
             code = jnp.searchsorted(jnp.asarray(middles, v.dtype), v, method="compare_all")
             return code.astype(jnp.uint8)
+        top = 2.0**self.bits - 1
         if self.scheme == "symmetric":
             v = v + self._zero()
-        code = jnp.floor(v + noise) if noise is not None else jnp.round(v)
-        return jnp.clip(code, 0, 2**self.bits - 1).astype(jnp.uint8)
+        if noise is not None:
+            return jnp.clip(v + noise, 0, top).astype(jnp.int32).astype(jnp.uint8)
+        # Adding 1.5 * 2^23 rounds half to even and leaves the integer in the low bits: half the
+        # time of round and convert on CPU.
+        near = jnp.clip(v, 0, top) + jnp.float32(1.5 * 2**23)
+        return jax.lax.bitcast_convert_type(near, jnp.uint32).astype(jnp.uint8)
 
     def _value(self, codes: jax.Array, shift: jax.Array | None) -> jax.Array:
         """Steps from the offset that codes stand for."""
         if self.levels:
             return jnp.asarray(self.levels, jnp.float32)[codes]
-        value = codes.astype(jnp.float32)
+        value = codes.astype(jnp.int32).astype(jnp.float32)
         if self.scheme == "symmetric":
             value = value - self._zero()
         return value if shift is None else value + (0.5 - shift)
@@ -157,11 +156,6 @@ class Quantize(Compressor):
         assert self.levels
         inner = [b - a for a, b in itertools.pairwise(self.levels)]
         return max([2 * self.levels[0], 2 * (1 - self.levels[-1]), *inner])
-
-
-def _inverse(step: jax.Array) -> jax.Array:
-    """1 / step, and 0 for a block whose step is 0: it decodes to its offset exactly."""
-    return jnp.where(step == 0, 0.0, 1.0 / jnp.where(step == 0, 1.0, step))
 
 
 def quantize(

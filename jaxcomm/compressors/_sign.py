@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcomm.compressors import packing
+from jaxcomm.compressors._blocks import check_block_size, expand, reduce_blocks
 from jaxcomm.compressors.base import Compressor, Payload
 
 
@@ -30,9 +31,7 @@ class Sign(Compressor):
 
     def decode(self, payload: Payload, size: int) -> jax.Array:
         negative = packing.unpack(payload["values"], 1, size)
-        scale = payload["scale"]
-        if self.block_size is not None:
-            scale = jnp.repeat(scale, self.block_size, total_repeat_length=None)[:size]
+        scale = expand(payload["scale"], size, self.block_size)
         return jnp.where(negative == 1, -scale, scale)
 
     def encode_chunks(
@@ -65,11 +64,11 @@ class Sign(Compressor):
 
     def _scales(self, x: jax.Array, counts: jax.Array) -> jax.Array:
         """One scale a block; padding is zero and must not be in `counts`."""
-        power = jnp.abs(x) if self.scale == "l1" else x * x
+        power = jnp.abs if self.scale == "l1" else jnp.square
         if self.block_size is None:
-            total = _block_sums(power, 1024).sum(keepdims=True)
+            total = power(x).sum(keepdims=True)
         else:
-            total = _block_sums(power, self.block_size)
+            total = reduce_blocks(lambda rows: power(rows).sum(1), x, self.block_size)
         mean = total / jnp.maximum(counts, 1).astype(jnp.float32)
         return mean if self.scale == "l1" else jnp.sqrt(mean)
 
@@ -77,15 +76,6 @@ class Sign(Compressor):
 def _sign_bits(x: jax.Array) -> jax.Array:
     """Bit 1 where x < 0; -0.0 and 0.0 both count as positive."""
     return packing.pack((x < 0).astype(jnp.uint8), 1)
-
-
-def _block_sums(x: jax.Array, block: int) -> jax.Array:
-    """Sums of consecutive blocks, the last one short: float32 sums of 1e8 terms need a tree."""
-    whole = x.shape[0] // block * block
-    sums = x[:whole].reshape(-1, block).sum(1)
-    if whole == x.shape[0]:
-        return sums
-    return jnp.concatenate([sums, x[whole:].sum(keepdims=True)])
 
 
 def sign(scale: str = "l1", block_size: int | None = None) -> Sign:
@@ -120,6 +110,5 @@ def sign(scale: str = "l1", block_size: int | None = None) -> Sign:
     """
     if scale not in ("l1", "l2"):
         raise ValueError(f"sign: scale must be 'l1' or 'l2', got {scale!r}")
-    if block_size is not None and block_size < 1:
-        raise ValueError(f"sign: block_size must be at least 1 or None, got {block_size}")
+    check_block_size("sign", block_size)
     return Sign(scale, block_size)

@@ -14,10 +14,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxcomm.compressors import packing
+from jaxcomm.compressors._select import count, mask_words, positions_of
 from jaxcomm.compressors.base import Payload
 from jaxcomm.compressors.sparse import Sparsifier, check_fraction_or_k, kept
-
-_BLOCK = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +35,7 @@ class ThresholdTopK(Sparsifier):
         if size == 0:
             return x, {"indices": packing.pack(jnp.zeros((0,), jnp.uint32), bits)}
         words = mask_words(jnp.abs(x) >= self._threshold(x, key))
-        slots, hits = self.count(size), lax.population_count(words).astype(jnp.int32).sum()
+        slots, hits = self.count(size), count(words)
         rank = spread(jnp.arange(slots, dtype=jnp.int32), hits, slots)
         used = rank < hits
         where = jnp.where(used, positions_of(words, rank), 0)
@@ -55,44 +54,6 @@ class ThresholdTopK(Sparsifier):
     def positions(self, metadata: Payload, size: int) -> jax.Array:
         bits = packing.index_bits(size)
         return packing.unpack(metadata["indices"], bits, self.count(size)).astype(jnp.int32)
-
-
-def mask_words(mask: jax.Array) -> jax.Array:
-    """The mask as bits, little-endian, in uint32 words of shape (blocks, 32)."""
-    data = packing.pack(mask, 1)
-    data = jnp.pad(data, (0, -data.shape[0] % (_BLOCK // 8)))
-    return lax.bitcast_convert_type(data.reshape(-1, _BLOCK // 32, 4), jnp.uint32)
-
-
-def positions_of(words: jax.Array, rank: jax.Array) -> jax.Array:
-    """int32 positions of the set bits of these ranks (0 is the first); ranks beyond are clipped.
-
-    Found from counts of blocks, of words and of halves of a word: no prefix sum over the vector.
-    """
-    counts = lax.population_count(words).astype(jnp.int32)
-    in_block = counts.sum(1)
-    ends = jnp.cumsum(in_block)
-    block = jnp.minimum(jnp.searchsorted(ends, rank, side="right"), words.shape[0] - 1)
-    rank = rank - (ends - in_block)[block]
-    upto = jnp.cumsum(counts[block], axis=1)
-    word = jnp.minimum((upto <= rank[:, None]).sum(1), words.shape[1] - 1)
-    at = lambda table: jnp.take_along_axis(table, word[:, None], axis=1)[:, 0]
-    rank = rank - (at(upto) - at(counts[block]))
-    bit = _select_bit(at(words[block]), rank)
-    return (block.astype(jnp.int32) * words.shape[1] + word.astype(jnp.int32)) * 32 + bit
-
-
-def _select_bit(word: jax.Array, rank: jax.Array) -> jax.Array:
-    """Position of the set bit of this rank in a uint32, by halving."""
-    position = jnp.zeros_like(rank)
-    for half in (16, 8, 4, 2, 1):
-        low = word & jnp.uint32((1 << half) - 1)
-        below = lax.population_count(low).astype(jnp.int32)
-        up = rank >= below
-        rank = jnp.where(up, rank - below, rank)
-        word = jnp.where(up, word >> half, low)
-        position = position + jnp.where(up, half, 0)
-    return position
 
 
 def spread(slot: jax.Array, hits: jax.Array, slots: int) -> jax.Array:

@@ -8,9 +8,9 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from jaxcomm.compressors import packing
+from jaxcomm.compressors._select import largest, largest_in_rows
 from jaxcomm.compressors.base import Payload
 from jaxcomm.compressors.sparse import Sparsifier, check_fraction_or_k, kept
 
@@ -62,8 +62,8 @@ class BlockTopK(Sparsifier):
         blocks, k, rest, last = self._layout(x.shape[0])
         body, tail = jnp.split(x, [blocks * self.block_size])
         body = body.reshape(blocks, self.block_size)
-        where = largest(body, k) if blocks else jnp.zeros((0, k), jnp.int32)
-        where_tail = largest(tail, last) if rest else jnp.zeros((0,), jnp.int32)
+        where = largest_in_rows(body, k) if blocks else jnp.zeros((0, k), jnp.int32)
+        where_tail = largest_in_rows(tail[None], last)[0] if rest else jnp.zeros((0,), jnp.int32)
         values = jnp.take_along_axis(body, where, axis=1).reshape(-1)
         places = jnp.concatenate([where.reshape(-1), where_tail])
         indices = packing.pack(places, self._bits(x.shape[0]))
@@ -72,8 +72,9 @@ class BlockTopK(Sparsifier):
     def positions(self, metadata: Payload, size: int) -> jax.Array:
         blocks, k, _, last = self._layout(size)
         within = packing.unpack(metadata["indices"], self._bits(size), self.count(size))
-        start = jnp.repeat(jnp.arange(blocks, dtype=jnp.int32) * self.block_size, k)
-        start = jnp.concatenate([start, jnp.full((last,), blocks * self.block_size, jnp.int32)])
+        starts = jnp.arange(blocks, dtype=jnp.int32)[:, None] * self.block_size
+        starts = jnp.broadcast_to(starts, (blocks, k)).reshape(-1)
+        start = jnp.concatenate([starts, jnp.full((last,), blocks * self.block_size, jnp.int32)])
         return start + within.astype(jnp.int32)
 
     def alpha(self, size: int) -> float:
@@ -84,11 +85,6 @@ class BlockTopK(Sparsifier):
 
     def _bits(self, size: int) -> int:
         return packing.index_bits(min(self.block_size, size))
-
-
-def largest(x: jax.Array, k: int) -> jax.Array:
-    """int32 positions of the k largest magnitudes along the last axis."""
-    return lax.top_k(jnp.abs(x), k)[1].astype(jnp.int32)
 
 
 def top_k(fraction: float | None = None, *, k: int | None = None) -> TopK:

@@ -41,15 +41,17 @@ def unpack(data: jax.Array, bits: int, count: int) -> jax.Array:
         return _from_bytes(data, _NATIVE[bits]).astype(jnp.uint32)
     whole = count // 8 * 8
     dtype = jnp.uint8 if bits < 8 else jnp.uint32
-    body, start = jnp.zeros((whole,), dtype), 0
+    # The stream of the last values becomes one more group of 8 of every plane, so that a single
+    # elementwise pass and a slice give the result.
+    tail = _unpack_stream(data[whole * bits // 8 :], bits, count - whole)
+    tail = jnp.pad(tail, (0, -tail.shape[0] % 8))
+    values, start = jnp.zeros((whole + tail.shape[0],), dtype), 0
     for shift, width in _planes(bits):
         stop = start + whole * width // 8
-        body = body | (_unpack_plane(data[start:stop], width).astype(dtype) << shift)
+        plane = jnp.concatenate([data[start:stop], _pack_plane(tail >> shift, width)])
+        values = values | (_unpack_plane(plane, width).astype(dtype) << shift)
         start = stop
-    body = body.astype(jnp.uint32)
-    if whole == count:
-        return body
-    return jnp.concatenate([body, _unpack_stream(data[start:], bits, count - whole)])
+    return values.astype(jnp.uint32)[:count]
 
 
 def _planes(bits: int) -> list[tuple[int, int]]:
@@ -87,6 +89,8 @@ def _pack_stream(values: jax.Array, bits: int) -> jax.Array:
 
 
 def _unpack_stream(data: jax.Array, bits: int, count: int) -> jax.Array:
+    if count == 0:
+        return jnp.zeros((0,), jnp.uint32)
     flat = jnp.unpackbits(data, count=count * bits, bitorder="little").astype(jnp.uint32)
     shifts = jnp.arange(bits, dtype=jnp.uint32)
     return (flat.reshape(count, bits) << shifts).sum(1, dtype=jnp.uint32)
