@@ -1,6 +1,10 @@
 """What an algorithm does to gradients or pseudo-gradients: Optax transforms."""
 
 from jaxcomm.transforms._average import average, compressed_average
+from jaxcomm.transforms._deep_gradient_compression import (
+    DeepGradientCompressionState,
+    deep_gradient_compression,
+)
 from jaxcomm.transforms._econtrol import EControlState, econtrol
 from jaxcomm.transforms._ef21 import EF21State, ef21
 from jaxcomm.transforms._ef21_plus import EF21PlusState, ef21_plus
@@ -27,6 +31,7 @@ from jaxcomm.transforms.common import Communication
 
 __all__ = [
     "Communication",
+    "DeepGradientCompressionState",
     "EControlState",
     "EF21PlusState",
     "EF21State",
@@ -36,6 +41,7 @@ __all__ = [
     "average",
     "compressed_average",
     "contraction_constants",
+    "deep_gradient_compression",
     "econtrol",
     "econtrol_eta",
     "econtrol_step_size",
@@ -51,8 +57,8 @@ __all__ = [
     "one_bit_adam",
     "page",
     "proximal_step",
+    "scale_by_one_bit_adam",
     "sign_sgd",
     "signum",
-    "scale_by_one_bit_adam",
     "soft_threshold",
 ]

@@ -1,0 +1,299 @@
+"""One-bit optimizers: the paper's equations in NumPy, the safety rule, the freeze, the bytes."""
+
+import math
+
+import composition
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from composition import AXIS
+from convex_problems import run
+
+import jaxcomm
+from jaxcomm.compressors import identity, sign
+from jaxcomm.traffic import traffic
+from jaxcomm.transforms import average, error_feedback, one_bit_adam
+
+N, D, LR = 4, 24, 0.01
+NOISE = np.random.default_rng(3).normal(size=(N, 200, D)).astype(np.float32)
+CURVATURE = np.random.default_rng(4).uniform(0.5, 2.0, size=(N, D)).astype(np.float32)
+
+
+def noisy_gradient(x, data, t):
+    """A quadratic of every worker's own, and unit noise: no variance is small."""
+    return data["h"] * (x - 1.0) + data["noise"][t]
+
+
+def trajectory(tx, steps, observe=lambda x, s, g: (x, s, g), gradient=noisy_gradient):
+    """Everyone's x, state and gradient before each step; leaves (n, steps, ...)."""
+
+    def worker(data):
+        def one_step(carry, t):
+            x, state = carry
+            g = gradient(x, data, t)
+            updates, new = tx.update(g, state, x)
+            return (optax.apply_updates(x, updates), new), observe(x, state, g)
+
+        x = jnp.zeros(D)
+        return jax.lax.scan(one_step, (x, tx.init(x)), jnp.arange(steps))[1]
+
+    data = {"h": jnp.asarray(CURVATURE), "noise": jnp.asarray(NOISE)}
+    return jax.tree.map(np.asarray, jax.jit(jax.vmap(worker, axis_name=AXIS))(data))
+
+
+def sign_numpy(v):
+    """The l2 one-bit codec over a whole vector."""
+    return np.where(v < 0, -1, 1) * np.linalg.norm(v) / np.sqrt(v.size)
+
+
+def two_phase_numpy(b, s):
+    """Compressed all-reduce of the sheet's B.2: rows of b are workers, rows of s their chunks."""
+    sent = np.stack([sign_numpy(row) for row in b])
+    z = sent.mean(0).reshape(N, -1) + s
+    out = np.stack([sign_numpy(row) for row in z])
+    return out.reshape(-1), b - sent, z - out
+
+
+def one_bit_adam_numpy(steps, freeze, weight_decay=0.0, b1=0.9, b2=0.999, eps=1e-8):
+    """1-bit Adam as written in the paper, with Adam's bias correction."""
+    x, m, v, e, s = np.zeros(D), np.zeros(D), np.zeros(D), np.zeros((N, D)), np.zeros((N, D // N))
+    xs = []
+    for t in range(1, steps + 1):
+        xs.append(x)
+        g = CURVATURE * (x - 1.0) + NOISE[:, t - 1]
+        if t <= freeze:
+            m, v = b1 * m + (1 - b1) * g.mean(0), b2 * v + (1 - b2) * g.mean(0) ** 2
+        else:
+            m, e, s = two_phase_numpy(b1 * m + (1 - b1) * g + e, s)
+        root = np.sqrt(v / (1 - b2 ** min(t, freeze))) + eps
+        x = x - LR * (m / (1 - b1**t) / root + weight_decay * x)
+    return np.stack(xs)
+
+
+# 1-bit Adam
+
+
+def test_warm_up_is_adamw_on_the_mean():
+    rate = optax.linear_schedule(0.0, LR, 10)
+    ours = one_bit_adam(rate, AXIS, freeze_step=30, weight_decay=0.1)
+    theirs = optax.chain(average(AXIS), optax.adamw(rate, weight_decay=0.1))
+    x, state, _ = trajectory(ours, 31)
+    np.testing.assert_allclose(x, trajectory(theirs, 31)[0], rtol=1e-6, atol=1e-7)
+    assert state[0].frozen_at[0].tolist() == [-1] * 30 + [30]
+
+
+@pytest.mark.parametrize("max_update", [None, math.inf])
+def test_is_the_papers_algorithm_where_the_safety_rule_does_not_bind(max_update):
+    """Also: one compressed mean, v frozen bit for bit, the errors telescope."""
+    steps, freeze = 60, 20
+    tx = one_bit_adam(LR, AXIS, freeze_step=freeze, weight_decay=0.1, max_update=max_update)
+    x, (state, *_), g = trajectory(tx, steps)
+    np.testing.assert_array_equal(x[0], x[3])
+    np.testing.assert_allclose(x[0], one_bit_adam_numpy(steps, freeze, 0.1), rtol=2e-4, atol=2e-5)
+    assert np.ptp(np.abs(x[0, -1] - x[0, freeze])) > 0.01  # it moves, and not as signSGD
+    m, v = state.mu, state.nu
+    np.testing.assert_array_equal(m[0], m[3])
+    assert (v[:, freeze:] == v[:, freeze : freeze + 1]).all()
+    assert (v[:, freeze] != v[:, freeze - 1]).all()
+    sent = 0.9 * m[0, freeze:-1] + 0.1 * g[:, freeze:-1].mean(0)
+    e, s = state.error[:, -1].mean(0), state.server_error[:, -1].reshape(-1)
+    np.testing.assert_allclose(m[0, freeze + 1 :].sum(0) + e + s, sent.sum(0), atol=1e-5)
+
+
+def test_identity_codec_is_momentum_with_a_frozen_preconditioner():
+    freeze = 20
+    tx = one_bit_adam(LR, AXIS, freeze_step=freeze, compressor=identity())
+    x, (state, *_), g = trajectory(tx, 50)
+    m, root = state.mu[0, freeze], np.sqrt(state.nu[0, freeze] / (1 - 0.999**freeze))
+    y = x[0, freeze]
+    for t in range(freeze, 49):
+        m = 0.9 * m + 0.1 * g[:, t].mean(0)
+        y = y - LR * m / (1 - 0.9 ** (t + 1)) / (root + 1e-8)
+    np.testing.assert_allclose(x[:, -1], np.tile(y, (N, 1)), rtol=1e-5, atol=1e-6)
+    assert not state.error.any()
+
+
+def quadratic(tx, start, curvature, noise, steps=1000):
+    """Loss relative to the start's, shape (steps,); everyone's gradient is noisy on its own."""
+    curvature = jnp.asarray(curvature, jnp.float32)
+    loss = lambda x: 0.5 * jnp.sum(curvature * x**2)
+    gradient = lambda x, data, key: (
+        curvature * (x + noise * jax.random.normal(key, np.shape(start)))
+    )
+    seen = run(tx, gradient, jnp.zeros(N), start, steps, observe=lambda x, s, g: loss(x))[1]
+    return np.asarray(seen)[0] / float(loss(jnp.asarray(start, jnp.float32)))
+
+
+SPREAD = 10 ** np.random.default_rng(0).uniform(-6, 1, 200)
+START = np.random.default_rng(1).normal(size=200)
+PROBLEMS = {  # start, curvature, learning rate
+    "targets around zero": (START, np.ones(200), 0.01),
+    "half at the optimum": (np.where(np.arange(200) < 100, START, 1e-7), np.ones(200), 0.01),
+    "spread start": (SPREAD / 10, np.ones(200), 0.001),
+    "spread curvature": (START, SPREAD, 0.01),
+}
+
+
+@pytest.mark.parametrize("problem", list(PROBLEMS))
+def test_noiseless_quadratics_are_safe(problem):
+    """Frozen at 100 of 1,000: the textbook jumps above the start, ours never rises."""
+    start, curvature, rate = PROBLEMS[problem]
+    one_bit = lambda limit: one_bit_adam(rate, AXIS, freeze_step=100, max_update=limit)
+    textbook = quadratic(one_bit(math.inf), start, curvature, 0.0)
+    ours = quadratic(one_bit(None), start, curvature, 0.0)
+    assert textbook[100:].max() > 1.2, textbook[100:].max()
+    assert ours[100:].max() < 1.1 * ours[100], ours[100:].max()
+    assert ours[-1] < (0.05 if rate == 0.01 else 0.5) * ours[100], ours[-1]
+
+
+def test_with_gradient_noise_it_ends_where_adam_ends():
+    start, curvature, rate = PROBLEMS["targets around zero"]
+    adam = optax.chain(average(AXIS), optax.adam(rate))
+    end = lambda tx: quadratic(tx, start, curvature, 1.0, 1500)[-500:].mean()
+    ours, textbook, dense = (
+        end(tx)
+        for tx in (
+            one_bit_adam(rate, AXIS, freeze_step=100),
+            one_bit_adam(rate, AXIS, freeze_step=100, max_update=math.inf),
+            adam,
+        )
+    )
+    np.testing.assert_allclose(ours, dense, rtol=0.2)
+    np.testing.assert_allclose(ours, textbook, rtol=0.05)
+
+
+def test_rows_never_hit_stay_put_and_take_part_in_no_error():
+    """An embedding of which half the rows are in no batch (spec B.7)."""
+    hit = np.arange(D) < D // 2
+    gradient = lambda x, data, t: jnp.where(hit, noisy_gradient(x, data, t), 0.0)
+    tx = one_bit_adam(LR, AXIS, freeze_step=20)
+    x, (state, *_), _ = trajectory(tx, 60, gradient=gradient)
+    assert not x[..., ~hit].any()
+    assert not state.mu[..., ~hit].any()
+    assert not state.error[..., ~hit].any()
+    assert (x[:, -1, hit] != x[:, 20, hit]).all()
+
+
+def test_automatic_freeze_follows_the_papers_rule():
+    """Shrinking gradients: frozen at the first update whose norm is 0.96 of 10 updates before."""
+    gradient = lambda x, data, t: data["noise"][t] * (0.1 + jnp.exp(-t / 30.0))
+    b2 = 0.9
+    tx = one_bit_adam(0.0, AXIS, b2=b2)
+    _, (state, *_), g = trajectory(tx, 150, gradient=gradient)
+    v, norms = np.zeros(D), []
+    for t in range(1, 150):
+        v = b2 * v + (1 - b2) * g[:, t - 1].mean(0) ** 2
+        norms.append(np.abs(v / (1 - b2**t)).sum())
+    due = [t for t in range(11, 150) if norms[t - 1] >= 0.96 * norms[t - 11]]
+    seen = state.frozen_at[0]
+    assert 20 < due[0] < 140
+    assert seen[-1] == due[0]
+    assert (seen[: due[0]] == -1).all()
+    assert (seen[due[0] :] == due[0]).all()
+    waits = one_bit_adam(0.0, AXIS, b2=b2, warmup_steps=due[0] + 1)
+    later = trajectory(waits, 150, gradient=gradient)[1][0].frozen_at[0, -1]
+    assert later == next(t for t in due if t > due[0])
+
+
+def test_freezing_is_what_makes_one_bit_work():
+    """The paper's motivating figure: 1-bit gradients in an unfrozen Adam end worse (spec B.7)."""
+    rng = np.random.default_rng(0)
+    scale = jnp.asarray(10 ** rng.uniform(-2, 0, 100), jnp.float32)  # sizes of the features
+    target = jnp.asarray(rng.normal(size=100), jnp.float32)
+
+    def gradient(x, data, key):
+        a = scale * jax.random.normal(key, (8, 100))
+        return a.T @ (a @ (x - target) + 0.1 * jax.random.normal(key, (8,))) / 8
+
+    loss = lambda x, s, g: jnp.sum((scale * (x - target)) ** 2)
+    end = lambda tx: float(
+        run(tx, gradient, jnp.zeros(N), jnp.zeros(100), 1000, observe=loss)[1][0, -1]
+    )
+    rate = optax.cosine_decay_schedule(0.01, 1000)
+    one_bit = end(one_bit_adam(rate, AXIS, freeze_step=200))
+    dense = end(one_bit_adam(rate, AXIS, freeze_step=200, compressor=identity()))
+    naive = error_feedback(sign("l2"), AXIS, exchange="two_phase")
+    unfrozen = end(optax.chain(naive, optax.adam(rate)))
+    assert one_bit < 1.2 * dense < 0.05
+    assert unfrozen > 5 * one_bit
+
+
+def test_bytes_of_both_stages():
+    """At least 31 times fewer bytes than dense float32 once v is frozen (8 workers)."""
+    d, n = 100_000, 8
+    tx = one_bit_adam(LR, AXIS, freeze_step=10)
+    step = jaxcomm.make_train_step(
+        lambda p, batch, key: jnp.sum(p * batch), tx, axis_name=AXIS, simulate=n
+    )
+    state = jax.eval_shape(step.init, jnp.zeros(d), jax.random.key(0))
+    report = traffic(step, state, jnp.zeros(n))
+    metrics, dense = report.by("part")["metrics"], report.dense_equivalent_bytes
+    assert report.step_bytes([0]) == dense + metrics
+    one_bit = report.step_bytes([1]) - metrics
+    # d bits in n chunks to and fro, and a scale with each
+    assert one_bit == 2 * (n - 1) * (math.ceil(d / n / 8) + 4)
+    assert dense / one_bit > 31
+
+
+OPTIMIZERS = {
+    "one_bit_adam": lambda **kw: one_bit_adam(0.05, AXIS, freeze_step=2, weight_decay=0.01, **kw),
+}
+
+
+@pytest.mark.parametrize("name", list(OPTIMIZERS))
+def test_composes(name):
+    composition.check_all(OPTIMIZERS[name], ends=optax.identity)
+
+
+def test_inject_hyperparams():
+    schedule = optax.linear_schedule(0.05, 0.01, 4)
+    options = {"axis_name": AXIS, "freeze_step": 2}
+    injected = optax.inject_hyperparams(one_bit_adam)(learning_rate=schedule, **options)
+    state = composition.check(injected, simulate=2)
+    assert int(optax.tree.get(state.opt_state, "frozen_at")) == 2
+    plain = composition.check(one_bit_adam(schedule, **options), simulate=2)
+    np.testing.assert_allclose(state.params["w"], plain.params["w"], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", list(OPTIMIZERS))
+def test_saved_and_resumed_and_a_nan(name):
+    """Bit for bit after a trip through the host; a NaN on one worker changes a counter only."""
+    step = jaxcomm.make_train_step(
+        composition.loss_fn, OPTIMIZERS[name](), axis_name=AXIS, pmap=4, donate=False
+    )
+    start = step.init(composition.PARAMS, jax.random.key(0))
+
+    def go(state, steps):
+        for i in steps:
+            state = step(state, composition.batch(i))[0]
+        return state
+
+    middle = go(start, range(3))
+    copy = lambda x: x if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else np.asarray(x)
+    ends = go(middle, range(3, 6)), go(jax.tree.map(copy, middle), range(3, 6))
+    jax.tree.map(np.testing.assert_array_equal, *(end._replace(key=0) for end in ends))
+    x, y = composition.batch(3)
+    x[1, 2] = np.nan
+    skipped, metrics = step(middle, (x, y))
+    jax.tree.map(np.testing.assert_array_equal, skipped.opt_state, middle.opt_state)
+    jax.tree.map(np.testing.assert_array_equal, skipped.params, middle.params)
+    assert int(metrics["skipped"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"freeze_step": 0}, "freeze_step must be at least 1, got 0"),
+        ({"b1": 1.0}, r"b1 must be in \[0, 1\), got 1.0"),
+        ({"max_update": 0.0}, "max_update must be positive, got 0.0"),
+        ({"variance_window": 0}, "variance_window must be at least 1, got 0"),
+        ({"b2": jnp.float32(0.9)}, "needs a fixed b2"),
+    ],
+)
+def test_arguments_are_checked(options, message):
+    with pytest.raises(ValueError, match=message):
+        one_bit_adam(0.1, AXIS, **options)
+    with pytest.raises(TypeError, match="compressor must be a jaxcomm compressor"):
+        one_bit_adam(0.1, AXIS, compressor="sign")
