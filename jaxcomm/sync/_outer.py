@@ -114,7 +114,6 @@ def _try_out(chain) -> tuple[tuple[str, ...] | None, float | None]:
                 return None, None
             names = (*names, found[1] or found[2])
     try:
-        with jax.ensure_compile_time_eval():
-            return names, float(mapped(dummy).sum())
-    except Exception:  # fails on numbers only, or holds values of a surrounding trace
+        return names, float(jax.jit(mapped)(dummy).sum())
+    except Exception:  # it holds values of a surrounding trace
         return names, None
