@@ -27,7 +27,6 @@ OPS = {
     "all_gather_invariant": "all-gather",
     "all_gather_reduced": "all-gather",
     "all_to_all": "all-to-all",
-    "ragged_all_to_all": "all-to-all",
     "reduce_scatter": "reduce-scatter",
     "psum_scatter": "reduce-scatter",
     "ppermute": "permute",
