@@ -92,10 +92,10 @@ def advice_table(advice: Advice) -> Table:
 
 def grid_table(title: str, corner: str, columns: Sequence[str], rows: Mapping[str, Sequence]):
     """A plain grid: a name and a cell for each column."""
-    table = Table(title=title)
+    table = Table(title=title, padding=(0, 0))
     table.add_column(corner)
     for column in columns:
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     for name, cells in rows.items():
         table.add_row(name, *map(str, cells))
     return table
