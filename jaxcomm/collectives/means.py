@@ -38,7 +38,7 @@ def mean(tree, axis_name: AxisName):
 
 def dense_mean(x: jax.Array, axis_name: AxisName) -> jax.Array:
     """Dense mean of a float32 vector over the workers."""
-    return primitives.all_sum(x, axis_name) / axis.size(axis_name) if x.size else x
+    return primitives.all_sum(x, axis_name) / axis.size(axis_name)
 
 
 def gather_payloads(payload: Payload, axis_name: AxisName) -> Payload:
@@ -63,7 +63,7 @@ def gather_mean(
       coefficients: shape (n,), replicated, or None for ones.
     """
     if x.size == 0:
-        return Exchanged(x, x)
+        return Exchanged(dense_mean(x, axis_name), x)
     payload = compressor.encode(x, key)
     total = compressor.decode_sum(gather_payloads(payload, axis_name), x.size, coefficients)
     return Exchanged(total / axis.size(axis_name), compressor.decode(payload, x.size))
@@ -74,40 +74,69 @@ def chunk_size(size: int, workers: int) -> int:
     return -(-size // workers)
 
 
+def split_chunks(x: jax.Array, workers: int, length: int | None = None) -> jax.Array:
+    """The vector as one row of `length` elements a worker, zeros after its end."""
+    length = chunk_size(x.size, workers) if length is None else length
+    return jnp.pad(x, (0, workers * length - x.size)).reshape(workers, length)
+
+
+def encode_chunk(
+    compressor: Compressor, x: jax.Array, key: jax.Array | None, start: jax.Array, size: int
+) -> tuple[jax.Array, Payload]:
+    """Codes a chunk that begins at `start` of a vector of `size`.
+
+    Returns:
+      x with its padding set to zero, and the payload. Padding carries no error from hop to hop
+      and has no weight in the scale.
+    """
+    count = jnp.clip(size - start, 0, x.size)
+    x = jnp.where(jnp.arange(x.size) < count, x, 0.0)
+    return x, {k: v[0] for k, v in compressor.encode_chunks(x[None], key, size=count).items()}
+
+
+def decode_chunks(compressor: Compressor, payloads: Payload, length: int) -> jax.Array:
+    """(n, length) from n stacked payloads of chunks."""
+    return jax.vmap(lambda payload: compressor.decode(payload, length))(payloads)
+
+
 def two_phase_mean(
     x: jax.Array,
     compressor: Compressor,
     axis_name: AxisName,
     key: jax.Array | None = None,
     server_error: jax.Array | None = None,
+    length: int | None = None,
 ) -> Exchanged:
     """Mean by chunks: worker r averages chunk r of everyone, and sends it on compressed.
 
+    A codec sees one chunk at a time: `top_k(0.01)` keeps 1 % of each chunk, so that every chunk
+    gets its k/n, and the mean of chunk r, which may have up to n k/n non-zeros, goes out with k/n.
+    `top_k(k=...)` keeps k of each chunk, n k in all; give a fraction.
+
     Args:
-      x: float32 vector of shape (d,); any d, the last chunk is padded.
+      x: float32 vector of shape (d,); any d, the last chunks are padded.
       compressor: codec of both hops.
       axis_name: the worker axis.
       key: PRNG key of this worker's message, for random codecs.
       server_error: shape (ceil(d/n),), this worker's error memory of the second hop, or None.
+      length: elements in a chunk, if not ceil(d/n).
     """
-    if x.size == 0:
-        return Exchanged(x, x, server_error)
     n, size = axis.size(axis_name), x.size
-    length = chunk_size(size, n)
-    chunks = jnp.pad(x, (0, n * length - size)).reshape(n, length)
+    if size == 0:
+        return Exchanged(dense_mean(x, axis_name), x, server_error)
+    chunks = split_chunks(x, n, length)
+    length = chunks.shape[1]
     payload = compressor.encode_chunks(chunks, key, size=size)
-    sent = jax.vmap(lambda p: compressor.decode(p, length))(payload).reshape(-1)[:size]
+    sent = decode_chunks(compressor, payload, length).reshape(-1)[:size]
     received = {k: primitives.all_to_all(v, axis_name, k) for k, v in payload.items()}
     mine = compressor.decode_sum(received, length) / n
-    # padding carries no error and no weight in the scale
-    count = jnp.clip(size - axis.index(axis_name) * length, 0, length)
-    valid = jnp.arange(length) < count
     if server_error is not None:
         mine = mine + server_error
-    mine = jnp.where(valid, mine, 0.0)
-    second = compressor.encode(mine, None if key is None else jax.random.fold_in(key, 1))
+    second_key = None if key is None else jax.random.fold_in(key, 1)
+    start = axis.index(axis_name) * length
+    mine, second = encode_chunk(compressor, mine, second_key, start, size)
     if server_error is not None:
+        valid = start + jnp.arange(length) < size
         server_error = jnp.where(valid, mine - compressor.decode(second, length), 0.0)
-    everyone = gather_payloads(second, axis_name)
-    result = jax.vmap(lambda p: compressor.decode(p, length))(everyone)
+    result = decode_chunks(compressor, gather_payloads(second, axis_name), length)
     return Exchanged(result.reshape(-1)[:size], sent, server_error)

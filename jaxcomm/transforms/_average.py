@@ -9,16 +9,9 @@ Example 1); unbiased codecs (quantize with stochastic rounding, natural, rand_k 
 
 import optax
 
-from jaxcomm.collectives import (
-    AxisName,
-    Exchanged,
-    dense_mean,
-    flatten,
-    gather_mean,
-    two_phase_mean,
-)
+from jaxcomm.collectives import AxisName, flatten
 from jaxcomm.collectives import mean as tree_mean
-from jaxcomm.compressors._identity import Identity
+from jaxcomm.collectives.exchange import check_exchange, exchange_mean
 from jaxcomm.compressors.base import Compressor
 from jaxcomm.transforms.common import (
     Communication,
@@ -27,8 +20,6 @@ from jaxcomm.transforms.common import (
     message_key,
     zero_count,
 )
-
-EXCHANGES = ("gather", "two_phase")
 
 
 def average(axis_name: AxisName) -> Communication:
@@ -52,39 +43,29 @@ def average(axis_name: AxisName) -> Communication:
     return Communication(init_fn, update_fn)
 
 
-def exchange_mean(
-    x, compressor: Compressor, axis_name: AxisName, key, exchange="gather", server_error=None
-) -> Exchanged:
-    """The compressed mean of flat vectors by the named exchange; identity is the dense sum."""
-    if isinstance(compressor, Identity):
-        return Exchanged(dense_mean(x, axis_name), x, server_error)
-    if exchange == "gather":
-        return gather_mean(x, compressor, axis_name, key)
-    return two_phase_mean(x, compressor, axis_name, key, server_error)
-
-
-def check_exchange(exchange: str, where: str) -> None:
-    """Raises a ValueError for an unknown exchange."""
-    if exchange not in EXCHANGES:
-        raise ValueError(f"{where}: exchange must be one of {EXCHANGES}, got {exchange!r}")
-
-
 def compressed_average(
-    compressor: Compressor, axis_name: AxisName, *, exchange: str = "gather", seed: int = 0
+    compressor: Compressor,
+    axis_name: AxisName,
+    *,
+    exchange: str = "gather",
+    bucket_bytes: int | None = None,
+    seed: int = 0,
 ) -> Communication:
     """Mean of the workers' compressed updates, without error memory.
 
     Args:
       compressor: the codec; unbiased ones keep the mean unbiased.
       axis_name: name of the worker axis.
-      exchange: 'gather' or 'two_phase' (see `jaxcomm.collectives.means`).
+      exchange: 'gather', 'two_phase', 'ring', 'dense', 'hierarchical' or 'auto' (see
+        `jaxcomm.collectives.exchange_mean`).
+      bucket_bytes: exchange in parts of so many bytes of float32; None is all at once.
       seed: seeds the keys of random codecs.
 
     Returns:
       An Optax transform; its state counts the messages.
     """
     check_compressor(compressor, "compressed_average")
-    check_exchange(exchange, "compressed_average")
+    check_exchange(exchange, "compressed_average", bucket_bytes)
 
     def init_fn(params):
         del params
@@ -94,7 +75,9 @@ def compressed_average(
         del params, extra
         vector, unflatten = flatten(updates)
         key = message_key(seed, state.count, axis_name, compressor)
-        result = exchange_mean(vector, compressor, axis_name, key, exchange)
+        result = exchange_mean(
+            vector, compressor, axis_name, key, exchange, bucket_bytes=bucket_bytes
+        )
         return unflatten(result.mean), CountState(state.count + 1)
 
     return Communication(init_fn, update_fn)

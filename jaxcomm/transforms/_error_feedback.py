@@ -13,11 +13,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxcomm.collectives import AxisName, flatten, size
+from jaxcomm.collectives import AxisName, flatten
+from jaxcomm.collectives.exchange import check_exchange, exchange_mean, server_error_size
 from jaxcomm.collectives.flatten import tree_size, zeros_like_float32
-from jaxcomm.collectives.means import chunk_size
 from jaxcomm.compressors.base import Compressor
-from jaxcomm.transforms._average import check_exchange, exchange_mean
 from jaxcomm.transforms.common import Communication, check_compressor, message_key, zero_count
 
 
@@ -35,6 +34,7 @@ def error_feedback(
     *,
     decay: float = 1.0,
     exchange: str = "gather",
+    bucket_bytes: int | None = None,
     seed: int = 0,
 ) -> Communication:
     """Mean of compressed updates with an error memory on every worker.
@@ -43,26 +43,30 @@ def error_feedback(
       compressor: any codec, contractive or unbiased.
       axis_name: name of the worker axis.
       decay: factor of the memory before the new update is added (1: classic; SparseLoCo: 0.95).
-      exchange: 'gather', or 'two_phase' with a second error memory for the second hop.
+      exchange: 'gather', 'two_phase' (with a second error memory for the second hop), 'ring',
+        'hierarchical' (axis_name is then a pair: fast axis, slow axis), 'dense' or 'auto' (see
+        `jaxcomm.collectives.exchange_mean`).
+      bucket_bytes: exchange in parts of so many bytes of float32; None is all at once. The
+        memories do not depend on it.
       seed: seeds the keys of random codecs.
 
     Returns:
-      An Optax transform. With exchange='two_phase' its `init` must run where the axis is bound
-      (make_train_step does that), because the second memory has ceil(d/n) elements.
+      An Optax transform. With exchange='two_phase' or 'auto' its `init` must run where the axis
+      is bound (make_train_step does that): the second memory has ceil(d/n) elements.
 
     Raises:
-      ValueError: decay outside [0, 1], or an unknown exchange.
+      ValueError: decay outside [0, 1], an unknown exchange, or a bucket smaller than a float.
     """
     check_compressor(compressor, "error_feedback")
-    check_exchange(exchange, "error_feedback")
+    check_exchange(exchange, "error_feedback", bucket_bytes)
     if not 0 <= decay <= 1:
         raise ValueError(f"error_feedback: decay must be in [0, 1], got {decay}")
 
     def init_fn(params):
         server = None
-        if exchange == "two_phase":
-            length = chunk_size(tree_size(params), size(axis_name))
-            server = jnp.zeros((length,), jnp.float32)
+        if exchange in ("two_phase", "auto"):
+            length = server_error_size(exchange, compressor, tree_size(params), axis_name)
+            server = None if length is None else jnp.zeros((length,), jnp.float32)
         return ErrorFeedbackState(zero_count(), zeros_like_float32(params), server)
 
     def update_fn(updates, state, params=None, **extra):
@@ -70,7 +74,9 @@ def error_feedback(
         vector, unflatten = flatten(updates)
         total = decay * flatten(state.error)[0] + vector
         key = message_key(seed, state.count, axis_name, compressor)
-        result = exchange_mean(total, compressor, axis_name, key, exchange, state.server_error)
+        result = exchange_mean(
+            total, compressor, axis_name, key, exchange, state.server_error, bucket_bytes
+        )
         error = unflatten(total - result.sent, jnp.float32)
         new = ErrorFeedbackState(state.count + 1, error, result.server_error)
         return unflatten(result.mean), new
