@@ -67,8 +67,8 @@ def check_machine() -> None:
         )
     if missing := [tool for tool in ("ip", "tc") if not shutil.which(tool)]:
         raise NetworkError(
-            f"--rate needs iproute2, and {' and '.join(missing)} is not on the PATH; install it, "
-            "or run without --rate for plain loopback"
+            f"--rate needs iproute2 (not on the PATH: {', '.join(missing)}); install it, or run "
+            "without --rate for plain loopback"
         )
 
 
