@@ -5,6 +5,7 @@ from jaxcomm.transforms._deep_gradient_compression import (
     DeepGradientCompressionState,
     deep_gradient_compression,
 )
+from jaxcomm.transforms._demo import DemoState, demo
 from jaxcomm.transforms._econtrol import EControlState, econtrol
 from jaxcomm.transforms._ef21 import EF21State, ef21
 from jaxcomm.transforms._ef21_plus import EF21PlusState, ef21_plus
@@ -15,6 +16,7 @@ from jaxcomm.transforms._one_bit_adam import (
     scale_by_one_bit_adam,
 )
 from jaxcomm.transforms._page import PageState, page
+from jaxcomm.transforms._power_sgd import PowerSGDState, power_sgd
 from jaxcomm.transforms._proximal import proximal_step, soft_threshold
 from jaxcomm.transforms._sign_sgd import majority_vote, sign_sgd, signum
 from jaxcomm.transforms._step_sizes import (
@@ -32,16 +34,19 @@ from jaxcomm.transforms.common import Communication
 __all__ = [
     "Communication",
     "DeepGradientCompressionState",
+    "DemoState",
     "EControlState",
     "EF21PlusState",
     "EF21State",
     "ErrorFeedbackState",
     "OneBitAdamState",
     "PageState",
+    "PowerSGDState",
     "average",
     "compressed_average",
     "contraction_constants",
     "deep_gradient_compression",
+    "demo",
     "econtrol",
     "econtrol_eta",
     "econtrol_step_size",
@@ -56,6 +61,7 @@ __all__ = [
     "majority_vote",
     "one_bit_adam",
     "page",
+    "power_sgd",
     "proximal_step",
     "scale_by_one_bit_adam",
     "sign_sgd",
