@@ -1,31 +1,40 @@
 """When replicas meet, and how."""
 
+from jaxcomm.sync._merge import MergeState, lo_fi, single_merge
 from jaxcomm.sync._overlapped import OverlappedState, eager_diloco, overlapped
 from jaxcomm.sync._periodic import PeriodicState, diloco, fed_opt, local_sgd, periodic
 from jaxcomm.sync._rule import SyncRule
 from jaxcomm.sync._schedules import every, post_local, power_rule, qsr, swap, sync_steps
 from jaxcomm.sync._slowmo import SlowMomentumState, co2, relative_gap, slow_momentum, slowmo
 from jaxcomm.sync._sparse_loco import sparse_loco
+from jaxcomm.sync._statistics import reestimate
 from jaxcomm.sync._streaming import StreamingState, streaming, streaming_diloco
+from jaxcomm.sync._weight_average import WeightAverageState, averaged_weights, weight_average
 
 __all__ = [
+    "MergeState",
     "OverlappedState",
     "PeriodicState",
     "SlowMomentumState",
     "StreamingState",
     "SyncRule",
+    "WeightAverageState",
+    "averaged_weights",
     "co2",
     "diloco",
     "eager_diloco",
     "every",
     "fed_opt",
+    "lo_fi",
     "local_sgd",
     "overlapped",
     "periodic",
     "post_local",
     "power_rule",
     "qsr",
+    "reestimate",
     "relative_gap",
+    "single_merge",
     "slow_momentum",
     "slowmo",
     "sparse_loco",
@@ -33,4 +42,5 @@ __all__ = [
     "streaming_diloco",
     "swap",
     "sync_steps",
+    "weight_average",
 ]
