@@ -13,9 +13,9 @@ from collections.abc import Iterator
 
 import jax
 
-from jaxcomm.collectives import conditional, primitives
+from jaxcomm.collectives import conditional, exchange, primitives
 from jaxcomm.collectives.left_dense import record_left_dense
-from jaxcomm.traffic.ledger import UNNAMED, Collective, Traffic
+from jaxcomm.traffic.ledger import UNMETERED, UNNAMED, Collective, Traffic
 
 OPS = {
     "psum": "all-reduce",
@@ -63,7 +63,7 @@ def traffic(step, state, batch) -> Traffic:
     with record_left_dense() as left_dense:
         jaxpr = step.trace(state, batch)
     sizes = dict(zip(step.workers.names, step.workers.sizes))
-    collectives = tuple(_walk(jaxpr.jaxpr, sizes, 1, ()))
+    collectives = tuple(_walk(jaxpr.jaxpr, sizes))
     leaves = jax.tree.leaves(jax.eval_shape(step.consensus, jax.tree.map(_shape, state)))
     elements = sum(math.prod(leaf.shape) for leaf in leaves)
     count, choices = step.workers.count, step.choice_names
@@ -73,18 +73,21 @@ def traffic(step, state, batch) -> Traffic:
 def count(fn, *args, axis_sizes: dict[str, int]) -> tuple[Collective, ...]:
     """The collectives of any function of arrays, traced with these axes in scope."""
     jaxpr = jax.make_jaxpr(fn, axis_env=tuple(axis_sizes.items()))(*args)
-    return tuple(_walk(jaxpr.jaxpr, axis_sizes, 1, ()))
+    return tuple(_walk(jaxpr.jaxpr, axis_sizes))
 
 
 def _shape(x):
     return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
 
-def _walk(jaxpr, sizes: dict[str, int], times: int, when: tuple) -> Iterator[Collective]:
+def _walk(
+    jaxpr, sizes: dict[str, int], times: int = 1, when: tuple = (), way: str = ""
+) -> Iterator[Collective]:
     for eqn in jaxpr.eqns:
+        inside = _scope(eqn, exchange.SCOPE) or way  # scopes end at the edge of a scan's body
         if axes := named_axes(eqn):
             if op := OPS.get(eqn.primitive.name.removesuffix("_start")):
-                yield from _collectives(eqn, op, axes, sizes, times, when)
+                yield from _collectives(eqn, op, axes, sizes, (times, when, inside))
                 continue
             if eqn.primitive.name not in _SILENT and not eqn.primitive.name.endswith("_done"):
                 raise ValueError(
@@ -92,13 +95,13 @@ def _walk(jaxpr, sizes: dict[str, int], times: int, when: tuple) -> Iterator[Col
                 )
         repeat = times * eqn.params["length"] if eqn.primitive.name == "scan" else times
         for label, inner in _inner(eqn):
-            yield from _walk(inner, sizes, repeat, when + label)
+            yield from _walk(inner, sizes, repeat, when + label, inside)
 
 
 def _inner(eqn) -> Iterator[tuple[tuple, object]]:
     """Sub-programs of an equation, with the branch that each stands for."""
     if eqn.primitive.name == "cond":
-        name = _scope(eqn, conditional.SCOPE) or f"unmetered@{id(eqn)}"
+        name = _scope(eqn, conditional.SCOPE) or f"{UNMETERED}@{id(eqn)}"
         for i, branch in enumerate(eqn.params["branches"]):
             yield ((name, i),), branch.jaxpr
         return
@@ -116,13 +119,13 @@ def named_axes(eqn) -> tuple[str, ...]:
     return tuple(name for name in names if isinstance(name, str))
 
 
-def _collectives(eqn, op, axes, sizes, times, when) -> Iterator[Collective]:
+def _collectives(eqn, op, axes, sizes, context: tuple) -> Iterator[Collective]:
     workers = math.prod(sizes.get(name, 1) for name in axes)
     part = _scope(eqn, primitives.SCOPE) or UNNAMED
     for var in eqn.invars:
-        aval = var.aval
-        if aval.size:
-            yield Collective(op, axes, workers, str(aval.dtype), aval.shape, part, times, when)
+        shape, dtype = var.aval.shape, str(var.aval.dtype)
+        if math.prod(shape):
+            yield Collective(op, axes, workers, dtype, shape, part, *context)
 
 
 def _scope(eqn, prefix: str) -> str | None:

@@ -26,8 +26,9 @@ SHARE = {
     "reduce-scatter": lambda n: (n - 1) / n,
     "permute": lambda n: 1 if n > 1 else 0,
 }
+UNMETERED = "unmetered"  # starts the name of a conditional that the library did not make
 UNNAMED = "unnamed"  # part of a collective that the library did not make
-PAYLOAD = ("values", "dense", UNNAMED)  # parts; metrics are neither payload nor metadata
+PAYLOAD = ("values", "votes", "dense", UNNAMED)  # parts; metrics are neither payload nor metadata
 METRICS = "metrics"
 
 
@@ -42,6 +43,7 @@ class Collective(NamedTuple):
     part: str  # values, scale, indices, metrics, dense, ...
     times: int  # a step (inside scans)
     when: tuple[tuple[str, int], ...]  # conditionals around it: (name, branch)
+    exchange: str = ""  # gather, two_phase, ring, hierarchical or dense: what 'auto' chose
 
     @property
     def operand_bytes(self) -> int:

@@ -36,23 +36,24 @@ def traffic_table(report: Traffic) -> Table:
         caption=_caption(report),
         caption_justify="left",
     )
-    for name in ("when", "collective", "axis", "operand", "part", "kind"):
+    for name in ("when", "exchange", "collective", "axis", "operand", "part", "kind"):
         table.add_column(name)
     table.add_column("sent", justify="right")
     for c in sorted(report.collectives, key=lambda c: c.when):
         operand = f"{c.dtype}{list(c.shape)}" + (f" x {c.times}" if c.times > 1 else "")
         sent = bytes_text(c.sent_bytes)
-        table.add_row(_when(c), c.op, ",".join(c.axes), operand, c.part, c.kind, sent)
+        names = (_when(c), c.exchange, c.op, ",".join(c.axes))
+        table.add_row(*names, operand, c.part, c.kind, sent)
     table.add_section()
     if report.sync_only:
         low, high = report.smallest_step_bytes, report.largest_step_bytes
-        table.add_row("cheapest step", *[""] * 5, bytes_text(low))
-        table.add_row("dearest step", *[""] * 5, bytes_text(high))
+        table.add_row("cheapest step", *[""] * 6, bytes_text(low))
+        table.add_row("dearest step", *[""] * 6, bytes_text(high))
     else:
-        table.add_row("a step", *[""] * 5, bytes_text(report.every_step_bytes))
+        table.add_row("a step", *[""] * 6, bytes_text(report.every_step_bytes))
     for kind, total in report.by("kind").items():
-        table.add_row("", *[""] * 4, kind, bytes_text(total))
-    table.add_row("dense", *[""] * 5, bytes_text(report.dense_equivalent_bytes))
+        table.add_row("", *[""] * 5, kind, bytes_text(total))
+    table.add_row("dense", *[""] * 6, bytes_text(report.dense_equivalent_bytes))
     return table
 
 
