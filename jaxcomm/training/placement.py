@@ -4,36 +4,95 @@ Where the user puts the collective in an Optax chain decides what is per-worker 
 local momentum) and what is replicated (Adam's moments after an average). Nobody declares it: the
 step is traced inside shard_map on an abstract mesh, where every value's type names the axes along
 which it varies. What comes out varying is fed back as varying until nothing changes.
+
+A `lax.cond` in somebody else's transform (`optax.apply_if_finite(optax.trace(0.9), 3)`) wants the
+types of its two branches to agree, so that its state must be typed as varying before the first pass
+can say so: the smallest parts of it are with which the trace succeeds.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 
 from jaxcomm.collectives import axis
 from jaxcomm.training.workers import Place, Workers
 
+OWN_CONDITIONAL = (
+    "a transform holds a jaxcomm transform inside a lax.cond of its own, as optax.MultiSteps and "
+    "optax.apply_if_finite do, which workers may not take together: give it only what stands "
+    "before or after the jaxcomm transform"
+)
+_MISMATCH = "manual axis types do not match"  # in JAX's TypeError
+
 
 def infer_places(init: Callable, step: Callable, workers: Workers, *inputs):
     """The Place of every leaf of the state, and the abstract global state.
 
     Args:
-      init: `(*inputs) -> state`, per worker, inside the axis.
+      init: `(*inputs) -> state`, a TrainState, per worker, inside the axis.
       step: `state -> state`, per worker, inside the axis.
       workers: how many, and along which axis.
       *inputs: abstract replicated arguments of `init`.
 
     Raises:
-      ValueError: the step changes the structure, a shape or a dtype of the state.
+      ValueError: the step changes the structure, a shape or a dtype of the state, or a transform
+        decides about a collective in a conditional of its own.
     """
     state, places = _trace(init, workers, inputs, (Place.REPLICATED,) * len(inputs))
     while True:
-        new_state, new = _trace(step, workers, (_global(places, state, workers),), (places,))
+        places, (new_state, new) = _trace_step(step, workers, state, places)
         _check_same(state, new_state)
         union = jax.tree.map(lambda a, b: a if a is Place.PER_WORKER else b, places, new)
         if union == places:
             return places, _global(places, state, workers)
         places = union
+
+
+def _trace_step(step: Callable, workers: Workers, state, places):
+    """The places with which the step can be traced, and what the trace found."""
+    trace = lambda places: _trace(step, workers, (_global(places, state, workers),), (places,))
+    while True:
+        try:
+            return places, trace(places)
+        except TypeError as error:
+            if _MISMATCH not in str(error):
+                raise
+            problem = error
+        places = next((wider for wider in _wider(places) if _helps(trace, wider, problem)), None)
+        if places is None:
+            raise ValueError(OWN_CONDITIONAL) from problem
+
+
+def _helps(trace: Callable, places, problem: TypeError) -> bool:
+    """Does the trace succeed with these places, or at least get further?"""
+    try:
+        trace(places)
+    except TypeError as error:
+        return str(error) != str(problem)
+    return True
+
+
+def _wider(places) -> Iterator:
+    """The places with one more part of an optimizer's state per-worker, small parts first."""
+    for field in ("opt_state", "sync_state"):
+        leaves, treedef = jax.tree.flatten(getattr(places, field))
+        parts = set(_parts(getattr(places, field), 0))
+        for start, stop in sorted(parts, key=lambda part: (part[1] - part[0], part)):
+            marked = [Place.PER_WORKER] * (stop - start)
+            wider = treedef.unflatten(leaves[:start] + marked + leaves[stop:])
+            yield places._replace(**{field: wider})
+
+
+def _parts(tree, start: int) -> Iterator[tuple[int, int]]:
+    """(first, last + 1) of the leaves of every tuple in the tree; states are tuples."""
+    children = jax.tree.leaves(tree, is_leaf=lambda x: x is not tree)
+    for child in children:
+        size = len(jax.tree.leaves(child))
+        if size and child is not tree:
+            if isinstance(child, tuple):
+                yield start, start + size
+            yield from _parts(child, start)
+        start += size
 
 
 def _trace(fn: Callable, workers: Workers, args, arg_places):

@@ -25,10 +25,9 @@ from jaxcomm.collectives.axis import AxisName
 from jaxcomm.collectives.conditional import Choices, record_choices
 from jaxcomm.sync._rule import SyncRule
 from jaxcomm.traffic.count import count
-from jaxcomm.training.placement import infer_places
+from jaxcomm.traffic.ledger import METRICS, UNMETERED
+from jaxcomm.training.placement import OWN_CONDITIONAL, infer_places
 from jaxcomm.training.workers import Place, Workers
-
-METRICS = "metrics"  # part of the small sum that every step of a gradient method makes
 
 
 class TrainState(NamedTuple):
@@ -150,7 +149,10 @@ class TrainStep:
             return
         fn = self.workers.trace_map(one_step, (places,), places)
         sizes = dict(zip(self.workers.names, self.workers.sizes))
-        if all(c.part == METRICS for c in count(fn, state, axis_sizes=sizes)):
+        collectives = count(fn, state, axis_sizes=sizes)
+        if any(name.startswith(UNMETERED) for c in collectives for name, _ in c.when):
+            raise ValueError(OWN_CONDITIONAL)
+        if all(c.part == METRICS for c in collectives):
             raise ValueError(
                 "tx does not communicate, so that the replicas would drift apart: put "
                 f"jaxcomm.average({self.workers.axis_name!r}) first in its chain, or pass sync="
