@@ -210,7 +210,7 @@ def test_a_single_merge_suffices_if_agents_talk_a_little():
         spread = 2 * got.std(0, ddof=1) + 0.02
         assert (np.abs(got.mean(0) - want) < spread).all(), (chance, same_init, got)
         luck = chance == 0 and not full  # merging strangers
-        assert spread[1] < (0.5 if luck else 0.05)
+        assert spread[1] < (0.5 if luck else 0.08)
         assert spread[0] < 0.15
 
 
