@@ -25,9 +25,16 @@ from jaxcomm.transforms._step_sizes import (
     econtrol_step_size,
     ef21_pl_step_size,
     ef21_pp_step_size,
+    ef21_rare_features_step_size,
     ef21_sgdm_step_size,
     ef21_step_size,
     ef21_weights,
+)
+from jaxcomm.transforms._zero_one_adam import (
+    ZeroOneAdamState,
+    local_step_intervals,
+    variance_intervals,
+    zero_one_adam,
 )
 from jaxcomm.transforms.common import Communication
 
@@ -42,6 +49,7 @@ __all__ = [
     "OneBitAdamState",
     "PageState",
     "PowerSGDState",
+    "ZeroOneAdamState",
     "average",
     "compressed_average",
     "contraction_constants",
@@ -54,10 +62,12 @@ __all__ = [
     "ef21_pl_step_size",
     "ef21_plus",
     "ef21_pp_step_size",
+    "ef21_rare_features_step_size",
     "ef21_sgdm_step_size",
     "ef21_step_size",
     "ef21_weights",
     "error_feedback",
+    "local_step_intervals",
     "majority_vote",
     "one_bit_adam",
     "page",
@@ -67,4 +77,6 @@ __all__ = [
     "sign_sgd",
     "signum",
     "soft_threshold",
+    "variance_intervals",
+    "zero_one_adam",
 ]

@@ -26,7 +26,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxcomm.collectives import AxisName, size
+from jaxcomm.collectives import AxisName, flatten, size
 from jaxcomm.collectives.flatten import tree_size
 from jaxcomm.collectives.means import chunk_size
 from jaxcomm.compressors.base import Compressor
@@ -128,6 +128,16 @@ def debias(moment: jax.Array, decay, t: jax.Array) -> jax.Array:
     return moment / (1 - jnp.asarray(decay, jnp.float32) ** t)
 
 
-def precondition(m_hat: jax.Array, v_hat: jax.Array, eps, limit) -> jax.Array:
-    """m / (sqrt(v) + eps), held within +-limit, zero where both are."""
-    return jnp.clip(m_hat / (jnp.sqrt(v_hat) + eps), -limit, limit)
+def precondition(m_hat: jax.Array, v_hat: jax.Array, eps, limit=jnp.inf) -> jax.Array:
+    """m / (sqrt(v) + eps), held within +-limit, zero where the variance is."""
+    direction = jnp.clip(m_hat / (jnp.sqrt(v_hat) + eps), -limit, limit)
+    return jnp.where(v_hat > 0, direction, 0.0)
+
+
+def decaying(params, mask):
+    """The parameters as a float32 vector, zero where the mask (as in `optax.adamw`) says so."""
+    if mask is not None:
+        mask = mask(params) if callable(mask) else mask
+        scale = lambda keep: lambda x: x if keep else jnp.zeros_like(x)
+        params = jax.tree.map(lambda keep, part: jax.tree.map(scale(keep), part), mask, params)
+    return flatten(params)[0]
