@@ -14,7 +14,7 @@ from test_compressors import FAST_COMPILE, TABLE
 
 from jaxcomm import compressors as C
 from jaxcomm.compressors._dct import dct_basis
-from jaxcomm.compressors._select import mask_words, positions_of
+from jaxcomm.compressors._select import largest, largest_in_rows, mask_words, positions_of
 from jaxcomm.compressors._threshold import spread
 from jaxcomm.compressors.base import Compressor
 from jaxcomm.compressors.sparse import kept
@@ -216,6 +216,39 @@ class TestRandK:
         y = jax.jit(jax.vmap(lambda k: c.roundtrip(jnp.ones(size), k)))(keys)
         hits = np.asarray(y).sum(0)
         assert np.abs(hits - 0.3 * seeds).max() < 5 * np.sqrt(0.21 * seeds)
+
+
+class TestSelection:
+    """Against a stable sort, with ties, NaN and infinity among the values."""
+
+    def example(self, shape):
+        x = np.round(gaussian(int(np.prod(shape))) * 4) / 4  # many equal magnitudes
+        x[5:8] = np.nan, np.inf, -np.inf
+        return x.reshape(shape)
+
+    @staticmethod
+    def expected(x, k):
+        size = np.where(np.isnan(x), np.inf, np.abs(x))
+        return np.sort(np.argsort(-size, axis=-1, kind="stable")[..., :k], axis=-1)
+
+    @pytest.mark.parametrize("k", [1, 3, 500, 4999, 5000])
+    def test_whole_vectors(self, k):
+        x = self.example(5000)
+        x[5] = 0.0  # NaN stands above infinity here, beside it in the reference
+        where = jax.jit(largest, static_argnums=1)(x, k)
+        np.testing.assert_array_equal(np.sort(where), self.expected(x, k))
+
+    @pytest.mark.parametrize("k", [1, 5, 30])
+    def test_rows(self, k):
+        x = self.example((40, 100))
+        where = jax.jit(largest_in_rows, static_argnums=1)(x, k)
+        np.testing.assert_array_equal(np.sort(where, axis=1), self.expected(x, k))
+
+    def test_nan_is_sent(self):
+        x = gaussian(6000)
+        x[77] = np.nan
+        for c in (C.top_k(0.01), C.block_top_k(0.01), C.threshold_top_k(0.01)):
+            assert np.isnan(np.asarray(roundtrip(c, x))[77])
 
 
 class TestThreshold:

@@ -11,10 +11,15 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from jaxcomm.compressors import packing
-from jaxcomm.compressors._select import count, mask_words, positions_of
+from jaxcomm.compressors._select import (
+    count,
+    kth_largest,
+    magnitude_bits,
+    mask_words,
+    positions_of,
+)
 from jaxcomm.compressors.base import Payload
 from jaxcomm.compressors.sparse import Sparsifier, check_fraction_or_k, kept
 
@@ -34,7 +39,7 @@ class ThresholdTopK(Sparsifier):
         bits = packing.index_bits(size)
         if size == 0:
             return x, {"indices": packing.pack(jnp.zeros((0,), jnp.uint32), bits)}
-        words = mask_words(jnp.abs(x) >= self._threshold(x, key))
+        words = mask_words(magnitude_bits(x) >= self._threshold(x, key))
         slots, hits = self.count(size), count(words)
         rank = spread(jnp.arange(slots, dtype=jnp.int32), hits, slots)
         used = rank < hits
@@ -48,8 +53,8 @@ class ThresholdTopK(Sparsifier):
         stride = max(1, (size // wanted - 1) // 32 * 32 + 1)
         taken = size // stride
         start = 0 if key is None else jax.random.randint(key, (), 0, stride)
-        sampled = jnp.abs(x[start + stride * jnp.arange(taken, dtype=jnp.int32)])
-        return lax.top_k(sampled, max(1, round(self.fraction * taken)))[0][-1]
+        sampled = magnitude_bits(x[start + stride * jnp.arange(taken, dtype=jnp.int32)])
+        return kth_largest(sampled, max(1, round(self.fraction * taken)))
 
     def positions(self, metadata: Payload, size: int) -> jax.Array:
         bits = packing.index_bits(size)

@@ -40,18 +40,18 @@ def unpack(data: jax.Array, bits: int, count: int) -> jax.Array:
     if bits in _NATIVE:
         return _from_bytes(data, _NATIVE[bits]).astype(jnp.uint32)
     whole = count // 8 * 8
-    dtype = jnp.uint8 if bits < 8 else jnp.uint32
     # The stream of the last values becomes one more group of 8 of every plane, so that a single
     # elementwise pass and a slice give the result.
     tail = _unpack_stream(data[whole * bits // 8 :], bits, count - whole)
     tail = jnp.pad(tail, (0, -tail.shape[0] % 8))
-    values, start = jnp.zeros((whole + tail.shape[0],), dtype), 0
+    total, start = whole + tail.shape[0], 0
+    values = jnp.zeros((total,), jnp.uint32)
     for shift, width in _planes(bits):
         stop = start + whole * width // 8
         plane = jnp.concatenate([data[start:stop], _pack_plane(tail >> shift, width)])
-        values = values | (_unpack_plane(plane, width).astype(dtype) << shift)
+        values = values | (_unpack_plane(plane, width, total) << shift)
         start = stop
-    return values.astype(jnp.uint32)[:count]
+    return values[:count]
 
 
 def _planes(bits: int) -> list[tuple[int, int]]:
@@ -69,17 +69,16 @@ def _pack_plane(values: jax.Array, width: int) -> jax.Array:
     if width >= 8:
         return _to_bytes(values.astype(_NATIVE[width]))
     low = (values & ((1 << width) - 1)).astype(jnp.uint8).reshape(-1, 8 // width)
-    return (low << _shifts(width)).sum(1, dtype=jnp.uint8)
+    return (low << jnp.arange(0, 8, width, dtype=jnp.uint8)).sum(1, dtype=jnp.uint8)
 
 
-def _unpack_plane(data: jax.Array, width: int) -> jax.Array:
+def _unpack_plane(data: jax.Array, width: int, count: int) -> jax.Array:
+    """The first `count` values of a plane; shifts of 32-bit words vectorize best."""
     if width >= 8:
-        return _from_bytes(data, _NATIVE[width])
-    return ((data[:, None] >> _shifts(width)) & ((1 << width) - 1)).reshape(-1)
-
-
-def _shifts(width: int) -> jax.Array:
-    return jnp.arange(0, 8, width, dtype=jnp.uint8)
+        return _from_bytes(data, _NATIVE[width]).astype(jnp.uint32)
+    words = _from_bytes(jnp.pad(data, (0, -data.shape[0] % 4)), jnp.uint32)
+    shifts = jnp.arange(0, 32, width, dtype=jnp.uint32)
+    return ((words[:, None] >> shifts) & ((1 << width) - 1)).reshape(-1)[:count]
 
 
 def _pack_stream(values: jax.Array, bits: int) -> jax.Array:
