@@ -159,6 +159,7 @@ def demo(
         if params is None and not (isinstance(weight_decay, (int, float)) and weight_decay == 0):
             raise ValueError("demo: weight_decay needs update(..., params), got None")
         rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
+        rate = jnp.asarray(rate, jnp.float32)
         momentum = jax.tree.map(
             lambda d, g: decay * d + rate * g.astype(jnp.float32), state.momentum, updates
         )

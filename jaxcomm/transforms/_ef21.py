@@ -22,12 +22,13 @@ Improves Error Feedback!" (arXiv 2305.15155); Richtarik, Gasanov & Burlachenko 2
 Reloaded" (arXiv 2402.10774). Step sizes: `jaxcomm.ef21_step_size` and its neighbours.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 
 from jaxcomm.collectives import AxisName, Exchanged, dense_mean, flatten, gather_mean, index, size
 from jaxcomm.collectives.flatten import zeros_like_float32
@@ -102,7 +103,7 @@ def ef21(
         raise ValueError("ef21: double_momentum needs momentum, got None")
     _check_weight(weight)
 
-    def init_fn(params):
+    def init_fn(params) -> Any:
         zeros = lambda: zeros_like_float32(params)
         return EF21State(
             count=zero_count(),
@@ -113,7 +114,7 @@ def ef21(
             applied=None if downlink is None else zeros(),
         )
 
-    def update_fn(updates, state, params=None, **extra):
+    def update_fn(updates, state, params=None, **extra) -> Any:
         del params, extra
         gradient, unflatten = flatten(updates)
         memory = lambda vector: unflatten(vector, jnp.float32)
@@ -158,7 +159,7 @@ def _moving_average(memory, value, rate, count):
 
 
 def _check_weight(weight) -> None:
-    if weight is None or isinstance(weight, jax.core.Tracer):
+    if weight is None or isinstance(weight, Tracer):
         return
     values = np.asarray(weight, np.float64)
     if not (values > 0).all() or abs(values.sum() - 1) > 1e-3:

@@ -139,6 +139,39 @@ def ef21_sgdm_step_size(
     return min(alpha / (20 * quadratic), momentum / (7 * smoothness))
 
 
+def ef21_rare_features_step_size(
+    smoothness: float, worker_smoothness: Sequence[float], features: int, owners: int
+) -> float:
+    r"""EF21 with Top-1 where workers own few features: :math:`\gamma = 1/(L + L_+ \xi(1/r))`.
+
+    :math:`L_+ = \sqrt{(c/n) \min\{(c/n) \max_i L_i^2,\ \mathrm{mean}_i L_i^2\}}`. Nothing is lost
+    to heterogeneity between workers that never touch the same coordinates.
+
+    Args:
+      smoothness: L of the mean function.
+      worker_smoothness: the n constants L_i.
+      features: r, the most features (non-zero gradient coordinates) of any worker.
+      owners: c, the most workers that own any one feature, at most n.
+
+    Raises:
+      ValueError: features below 1, owners outside 1 to n, or as `ef21_step_size`.
+
+    References:
+      Richtarik, Gasanov & Burlachenko, Error Feedback Shines when Features are Rare,
+      arXiv 2305.15264.
+    """
+    n = len(worker_smoothness)
+    if features < 1 or not 1 <= owners <= n:
+        raise ValueError(
+            "ef21_rare_features_step_size: features must be at least 1 and owners from 1 to "
+            f"{n}, got {features=}, {owners=}"
+        )
+    quadratic = _mean(smoothness, worker_smoothness, "qm")
+    share = owners / n
+    both = math.sqrt(share * min(share * max(worker_smoothness) ** 2, quadratic**2))
+    return 1 / (smoothness + both * _xi(1 / features))
+
+
 def ef21_weights(worker_smoothness: Sequence[float]) -> np.ndarray:
     """EF21-W's weights w_i = L_i / sum_j L_j, float32, for `ef21(..., weight=)`."""
     values = np.asarray(worker_smoothness, np.float64)
