@@ -76,6 +76,16 @@ def test_virtual_iterate_mean_of_estimates_and_fixed_point():
     assert np.abs(e[:, -1]).max() < 1e-3 < np.abs(e[:, 10]).max()
 
 
+def test_theory_step_converges():
+    """eta = alpha / 400 and gamma = alpha / (10 L_QM), as `econtrol_step_size` promises."""
+    data, solution = least_squares(50.0, 4)
+    alpha = top_k(k=5).alpha(D)
+    gamma = jaxcomm.econtrol_step_size(np.float64(data["a"]) ** 2, alpha)
+    method = econtrol(top_k(k=5), AXIS, eta=jaxcomm.econtrol_eta(alpha))
+    (x, _), _ = run(chain(method, gamma), least_squares_gradient(), data, np.zeros(D), 4000)
+    assert np.linalg.norm(x[0] - solution) < 1e-4 * np.linalg.norm(solution)
+
+
 def test_identity_compressor_is_sgd():
     data, _ = least_squares(50.0, 3)
     gradient = least_squares_gradient(1.0)
