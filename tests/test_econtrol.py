@@ -82,7 +82,7 @@ def test_theory_step_converges():
     alpha = top_k(k=5).alpha(D)
     gamma = jaxcomm.econtrol_step_size(np.float64(data["a"]) ** 2, alpha)
     method = econtrol(top_k(k=5), AXIS, eta=jaxcomm.econtrol_eta(alpha))
-    (x, _), _ = run(chain(method, gamma), least_squares_gradient(), data, np.zeros(D), 4000)
+    (x, _), _ = run(chain(method, gamma), least_squares_gradient(), data, np.zeros(D), 10_000)
     assert np.linalg.norm(x[0] - solution) < 1e-4 * np.linalg.norm(solution)
 
 
