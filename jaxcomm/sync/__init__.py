@@ -4,6 +4,8 @@ from jaxcomm.sync._merge import MergeState, lo_fi, single_merge
 from jaxcomm.sync._overlapped import OverlappedState, eager_diloco, overlapped
 from jaxcomm.sync._periodic import PeriodicState, diloco, fed_opt, local_sgd, periodic
 from jaxcomm.sync._rule import SyncRule
+from jaxcomm.sync._savic import SavicState, savic
+from jaxcomm.sync._scaffold import ScaffoldState, scafcom, scaffold, scallion
 from jaxcomm.sync._schedules import every, post_local, power_rule, qsr, swap, sync_steps
 from jaxcomm.sync._slowmo import SlowMomentumState, co2, relative_gap, slow_momentum, slowmo
 from jaxcomm.sync._sparse_loco import sparse_loco
@@ -15,6 +17,8 @@ __all__ = [
     "MergeState",
     "OverlappedState",
     "PeriodicState",
+    "SavicState",
+    "ScaffoldState",
     "SlowMomentumState",
     "StreamingState",
     "SyncRule",
@@ -34,6 +38,10 @@ __all__ = [
     "qsr",
     "reestimate",
     "relative_gap",
+    "savic",
+    "scafcom",
+    "scaffold",
+    "scallion",
     "single_merge",
     "slow_momentum",
     "slowmo",
