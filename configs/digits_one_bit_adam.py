@@ -1,0 +1,17 @@
+"""1-bit Adam, 15 % warm-up; handwritten digits, 8 workers.
+
+Source: Tang et al. 2021, "1-bit Adam: Communication Efficient Large-Scale Training with Adam's
+Convergence Speed" (arXiv 2102.02888).
+
+    python -m experiments.train --config=configs/digits_one_bit_adam.py
+"""
+
+from configs import common
+
+
+def get_config(argument=None):
+    config = common.digits(argument)
+    config.tx = (
+        "one_bit_adam(learning_rate, axis_name, freeze_step=15 * steps // 100, weight_decay=1e-4)"
+    )
+    return config
