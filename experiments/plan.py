@@ -94,11 +94,13 @@ def make_plan(
         {n: traffic_for(c, task, batch, n) for n in counts} for c in (config, dense_config(config))
     )
     shares = branch_shares(config, task) if traffic[counts[0]].choices else {(): 1.0}
-    codec = (codec_seconds, 0.0)
-    if codec_seconds is None or compute_seconds is None:
+    dense = compute_seconds
+    if dense is None or codec_seconds is None:  # codecs are timed beside the computation here
         dense = _seconds(dense_config(config), task, batch, config.workers)
-        codec = codec if codec_seconds is not None else _codec(config, task, batch, shares, dense)
-        compute_seconds = dense if compute_seconds is None else compute_seconds
+    codec = (codec_seconds or 0.0, 0.0)
+    if codec_seconds is None:
+        codec = _codec(config, task, batch, shares, dense)
+    compute_seconds = dense if compute_seconds is None else compute_seconds
     return Plan(name, config.workers, traffic, dense_traffic, shares, compute_seconds, codec)
 
 
