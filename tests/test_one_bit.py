@@ -1,5 +1,6 @@
 """One-bit optimizers: the paper's equations in NumPy, the safety rule, the freeze, the bytes."""
 
+import functools
 import math
 
 import composition
@@ -17,10 +18,12 @@ from jaxcomm.compressors import identity, sign
 from jaxcomm.traffic import traffic
 from jaxcomm.training.workers import Place
 from jaxcomm.transforms import (
+    TrustRatio,
     average,
     error_feedback,
     local_step_intervals,
     one_bit_adam,
+    one_bit_lamb,
     variance_intervals,
     zero_one_adam,
 )
@@ -35,7 +38,7 @@ def noisy_gradient(x, data, t):
     return data["h"] * (x - 1.0) + data["noise"][t]
 
 
-def trajectory(tx, steps, observe=lambda x, s, g: (x, s, g), gradient=noisy_gradient):
+def trajectory(tx, steps, gradient=noisy_gradient, start=jnp.zeros(D)):
     """Everyone's x, state and gradient before each step; leaves (n, steps, ...)."""
 
     def worker(data):
@@ -43,10 +46,9 @@ def trajectory(tx, steps, observe=lambda x, s, g: (x, s, g), gradient=noisy_grad
             x, state = carry
             g = gradient(x, data, t)
             updates, new = tx.update(g, state, x)
-            return (optax.apply_updates(x, updates), new), observe(x, state, g)
+            return (optax.apply_updates(x, updates), new), (x, state, g)
 
-        x = jnp.zeros(D)
-        return jax.lax.scan(one_step, (x, tx.init(x)), jnp.arange(steps))[1]
+        return jax.lax.scan(one_step, (start, tx.init(start)), jnp.arange(steps))[1]
 
     data = {"h": jnp.asarray(CURVATURE), "noise": jnp.asarray(NOISE)}
     return jax.tree.map(np.asarray, jax.jit(jax.vmap(worker, axis_name=AXIS))(data))
@@ -124,15 +126,32 @@ def test_identity_codec_is_momentum_with_a_frozen_preconditioner():
     assert not state.error.any()
 
 
-def quadratic(tx, start, curvature, noise, steps=1000):
-    """Loss relative to the start's, shape (steps,); everyone's gradient is noisy on its own."""
-    curvature = jnp.asarray(curvature, jnp.float32)
+BOUND = 0.1 / math.sqrt(1e-3)  # of Adam's steps: what max_update=None stands for
+
+
+def quadratic(make, problem, noise=0.0, steps=1000, limits=(math.inf, BOUND)):
+    """Loss relative to the start's, shape (limits, steps); everyone's gradient is noisy apart."""
+    start, curvature, rate = PROBLEMS[problem]
+    curvature, start = jnp.asarray(curvature, jnp.float32), jnp.asarray(start, jnp.float32)
     loss = lambda x: 0.5 * jnp.sum(curvature * x**2)
-    gradient = lambda x, data, key: (
-        curvature * (x + noise * jax.random.normal(key, np.shape(start)))
-    )
-    seen = run(tx, gradient, jnp.zeros(N), start, steps, observe=lambda x, s, g: loss(x))[1]
-    return np.asarray(seen)[0] / float(loss(jnp.asarray(start, jnp.float32)))
+    observe = lambda x, s, g: loss(x)
+
+    def gradient(x, data, key):
+        return curvature * (x + noise * jax.random.normal(key, start.shape))
+
+    def one(limit):
+        tx = make(rate, max_update=limit)
+        return run(tx, gradient, jnp.zeros(N), start, steps, observe=observe)[1][0]
+
+    return np.asarray(jax.vmap(one)(jnp.array(limits)) / loss(start))
+
+
+def check_safe(make, problem, end=0.05):
+    """Frozen at 100: the textbook jumps above the start, ours never rises, and comes down."""
+    textbook, ours = quadratic(make, problem)
+    assert textbook[100:].max() > 1.2, textbook[100:].max()
+    assert ours[100:].max() < 1.1 * ours[100], ours[100:].max()
+    assert ours[-1] < end * ours[100], ours[-1]
 
 
 SPREAD = 10 ** np.random.default_rng(0).uniform(-6, 1, 200)
@@ -147,28 +166,16 @@ PROBLEMS = {  # start, curvature, learning rate
 
 @pytest.mark.parametrize("problem", list(PROBLEMS))
 def test_noiseless_quadratics_are_safe(problem):
-    """Frozen at 100 of 1,000: the textbook jumps above the start, ours never rises."""
-    start, curvature, rate = PROBLEMS[problem]
-    one_bit = lambda limit: one_bit_adam(rate, AXIS, freeze_step=100, max_update=limit)
-    textbook = quadratic(one_bit(math.inf), start, curvature, 0.0)
-    ours = quadratic(one_bit(None), start, curvature, 0.0)
-    assert textbook[100:].max() > 1.2, textbook[100:].max()
-    assert ours[100:].max() < 1.1 * ours[100], ours[100:].max()
-    assert ours[-1] < (0.05 if rate == 0.01 else 0.5) * ours[100], ours[-1]
+    make = functools.partial(one_bit_adam, axis_name=AXIS, freeze_step=100)
+    check_safe(make, problem, end=0.5 if problem == "spread start" else 0.05)
 
 
 def test_with_gradient_noise_it_ends_where_adam_ends():
-    start, curvature, rate = PROBLEMS["targets around zero"]
-    adam = optax.chain(average(AXIS), optax.adam(rate))
-    end = lambda tx: quadratic(tx, start, curvature, 1.0, 1500)[-500:].mean()
-    ours, textbook, dense = (
-        end(tx)
-        for tx in (
-            one_bit_adam(rate, AXIS, freeze_step=100),
-            one_bit_adam(rate, AXIS, freeze_step=100, max_update=math.inf),
-            adam,
-        )
-    )
+    make = functools.partial(one_bit_adam, axis_name=AXIS, freeze_step=100)
+    adam = lambda rate, max_update: optax.chain(average(AXIS), optax.adam(rate))
+    noisy = functools.partial(quadratic, problem="targets around zero", noise=1.0, steps=1500)
+    textbook, ours = noisy(make)[:, -500:].mean(1)
+    dense = noisy(adam, limits=(BOUND,))[:, -500:].mean()
     np.testing.assert_allclose(ours, dense, rtol=0.2)
     np.testing.assert_allclose(ours, textbook, rtol=0.05)
 
@@ -318,15 +325,9 @@ def test_zero_one_adam_means_the_momenta_of_a_round():
 
 
 def test_zero_one_adam_is_safe_on_a_noiseless_quadratic():
-    start, curvature, rate = PROBLEMS["spread curvature"]
     options = {"sync_every": 4, "variance_stop": 100}
-    textbook = quadratic(
-        zero_one_adam(rate, AXIS, max_update=math.inf, **options), start, curvature, 0.0
-    )
-    ours = quadratic(zero_one_adam(rate, AXIS, **options), start, curvature, 0.0)
-    assert textbook[100:].max() > 1.2, textbook[100:].max()
-    assert ours[100:].max() < 1.1 * ours[100], ours[100:].max()
-    assert ours[-1] < 0.05 * ours[100], ours[-1]
+    make = functools.partial(zero_one_adam, axis_name=AXIS, **options)
+    check_safe(make, "spread curvature")
 
 
 def test_intervals_of_the_paper():
@@ -387,13 +388,116 @@ def test_zero_one_adam_with_bfloat16_in_groups_and_for_one_worker():
     assert losses[-1] < losses[0]
 
 
+# 1-bit LAMB
+
+LEAVES = {"a": slice(0, 16), "b": slice(16, 24)}  # of the D coordinates; a starts at 1, b at 0
+
+
+def lamb_gradient(x, data, t):
+    """Tensor b has gradients a hundred times larger."""
+    split = lambda v: {name: v[where] for name, where in LEAVES.items()}
+    flat = jnp.concatenate([x["a"], x["b"]])
+    scale = {"a": 1.0, "b": 100.0}
+    return {k: scale[k] * v for k, v in split(noisy_gradient(flat, data, t)).items()}
+
+
+def lamb_trajectory(tx, steps):
+    start = {"a": 2.0 * jnp.ones(16), "b": jnp.zeros(8)}
+    return trajectory(tx, steps, gradient=lamb_gradient, start=start)
+
+
+def one_bit_lamb_numpy(steps, freeze, wd, b1=0.9, b2=0.999, eps=1e-6):
+    """1-bit LAMB as in the sheet's B.5, with bias corrections; trust ratios in [0.01, 10]."""
+    x, m, v = np.concatenate([2.0 * np.ones(16), np.zeros(8)]), np.zeros(D), np.zeros(D)
+    e, s, scale, w, xs = np.zeros((N, D)), np.zeros((N, D // N)), np.ones(D), None, []
+    average, last = dict.fromkeys(LEAVES, 0.0), dict.fromkeys(LEAVES, 1.0)
+    size = np.concatenate([np.ones(16), 100.0 * np.ones(8)])
+    rms = lambda y: np.sqrt(np.mean(y**2))
+    for t in range(1, steps + 1):
+        xs.append(x)
+        g = size * (CURVATURE * (x - 1.0) + NOISE[:, t - 1])
+        if t <= freeze:
+            m, v = b1 * m + (1 - b1) * g.mean(0), b2 * v + (1 - b2) * g.mean(0) ** 2
+            w = v
+        else:
+            old = m
+            m, e, s = two_phase_numpy(scale * (b1 * m + (1 - b1) * g) + e, s)
+            m = m / scale
+            w = b2 * w + (1 - b2) * ((m - b1 * old) / (1 - b1)) ** 2
+        root = np.sqrt(v / (1 - b2 ** min(t, freeze))) + eps
+        adam = m / (1 - b1**t) / root
+        u, new = adam + wd * x, x.copy()
+        for name, k in LEAVES.items():
+            if t <= freeze:
+                norms = np.linalg.norm(x[k]), np.linalg.norm(u[k])
+                c = np.clip(norms[0] / norms[1], 0.01, 10.0) if min(norms) > 0 else 1.0
+                if c != 1:
+                    average[name] = 0.9 * average[name] + 0.1 * c if average[name] else c
+            else:
+                factor = np.max(root[k] / (np.sqrt(w[k] / (1 - b2**t)) + eps))
+                share = min(1.0, np.linalg.norm(adam[k]) / np.linalg.norm(u[k]))
+                factor = np.clip(factor * share + 1 - share, 0.5, 4.0)
+                last[name] = np.clip(factor, 0.9 * last[name], 1.1 * last[name])
+                c = average[name] * last[name]
+            new[k] = x[k] - LR * c * u[k]
+        if t == freeze:
+            sizes = {name: rms(m[k]) for name, k in LEAVES.items()}
+            for name, k in LEAVES.items():
+                scale[k] = np.mean(list(sizes.values())) / sizes[name]
+        x = new
+    return np.stack(xs)
+
+
+def test_one_bit_lamb_is_the_papers_algorithm():
+    steps, freeze = 45, 15
+    tx = one_bit_lamb(LR, AXIS, freeze_step=freeze, weight_decay=0.1)
+    x, (state, *_), _ = lamb_trajectory(tx, steps)
+    flat = np.concatenate([x["a"], x["b"]], -1)
+    np.testing.assert_array_equal(flat[0], flat[3])
+    np.testing.assert_allclose(
+        flat[0], one_bit_lamb_numpy(steps, freeze, 0.1), rtol=1e-3, atol=1e-3
+    )
+    for name in LEAVES:  # v stays bit for bit, w goes on
+        assert (state.nu[name][:, freeze:] == state.nu[name][:, freeze : freeze + 1]).all()
+        assert (np.diff(state.fresh[name], axis=1) != 0).any(-1).all()
+    size = [np.sqrt(np.mean(state.mu[name][0, freeze] ** 2)) for name in LEAVES]
+    scaled = state.scales[0, freeze] * size
+    np.testing.assert_allclose(scaled, np.mean(size), rtol=1e-5)
+    assert size[1] > 30 * size[0]
+    assert (state.scales[:, :freeze] == 1).all()
+    factors = state.factors[0, freeze:]
+    assert (np.abs(np.diff(factors, axis=0) / factors[:-1]) < 0.1 + 1e-5).all()
+
+
+def test_one_bit_lamb_warms_up_as_lamb():
+    tx = one_bit_lamb(LR, AXIS, freeze_step=50, weight_decay=0.1, trust=TrustRatio(0.0, math.inf))
+    lamb = optax.chain(average(AXIS), optax.lamb(LR, weight_decay=0.1))
+    ours, theirs = (lamb_trajectory(t, 30)[0] for t in (tx, lamb))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), ours, theirs)
+
+
+def test_a_tensor_without_a_trust_ratio_still_moves():
+    """Frozen after one step, in which tensor b was zero: its ratio is 1."""
+    x, (state, *_), _ = lamb_trajectory(one_bit_lamb(LR, AXIS, freeze_step=1), 4)
+    assert state.ratios[0, -1, 1] == 0
+    assert (x["b"][:, 3] != x["b"][:, 2]).any()
+
+
+def test_one_bit_lamb_is_safe_on_a_noiseless_quadratic():
+    make = functools.partial(one_bit_lamb, axis_name=AXIS, freeze_step=100)
+    check_safe(make, "spread curvature")
+
+
 OPTIMIZERS = {
     "one_bit_adam": lambda **kw: one_bit_adam(0.05, AXIS, freeze_step=2, weight_decay=0.01, **kw),
+    "one_bit_lamb": lambda **kw: one_bit_lamb(0.05, AXIS, freeze_step=2, weight_decay=0.01, **kw),
     "zero_one_adam": lambda: zero_one_adam(0.05, AXIS, sync_every=2, weight_decay=0.01),
 }
 
 
-@pytest.mark.parametrize("name", ["one_bit_adam"])
+@pytest.mark.parametrize(
+    "name", ["one_bit_adam", pytest.param("one_bit_lamb", marks=pytest.mark.slow)]
+)
 def test_composes(name):
     composition.check_all(OPTIMIZERS[name], ends=optax.identity)
 

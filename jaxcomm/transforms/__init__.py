@@ -15,6 +15,7 @@ from jaxcomm.transforms._one_bit_adam import (
     one_bit_adam,
     scale_by_one_bit_adam,
 )
+from jaxcomm.transforms._one_bit_lamb import OneBitLambState, one_bit_lamb
 from jaxcomm.transforms._page import PageState, page
 from jaxcomm.transforms._power_sgd import PowerSGDState, power_sgd
 from jaxcomm.transforms._proximal import proximal_step, soft_threshold
@@ -30,12 +31,9 @@ from jaxcomm.transforms._step_sizes import (
     ef21_step_size,
     ef21_weights,
 )
-from jaxcomm.transforms._zero_one_adam import (
-    ZeroOneAdamState,
-    local_step_intervals,
-    variance_intervals,
-    zero_one_adam,
-)
+from jaxcomm.transforms._trust_ratio import TrustRatio
+from jaxcomm.transforms._zero_one_adam import ZeroOneAdamState, zero_one_adam
+from jaxcomm.transforms._zero_one_intervals import local_step_intervals, variance_intervals
 from jaxcomm.transforms.common import Communication
 
 __all__ = [
@@ -47,8 +45,10 @@ __all__ = [
     "EF21State",
     "ErrorFeedbackState",
     "OneBitAdamState",
+    "OneBitLambState",
     "PageState",
     "PowerSGDState",
+    "TrustRatio",
     "ZeroOneAdamState",
     "average",
     "compressed_average",
@@ -70,6 +70,7 @@ __all__ = [
     "local_step_intervals",
     "majority_vote",
     "one_bit_adam",
+    "one_bit_lamb",
     "page",
     "power_sgd",
     "proximal_step",

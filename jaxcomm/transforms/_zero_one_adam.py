@@ -17,7 +17,6 @@ Source: Lu, Li, Zhang, De Sa & He 2022, "Maximizing Communication Efficiency for
 Training via 0/1 Adam" (arXiv 2202.06009), Algorithm 1.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -37,9 +36,8 @@ from jaxcomm.transforms._one_bit import (
     update_limit,
     zero_server_error,
 )
+from jaxcomm.transforms._zero_one_intervals import Intervals, as_intervals, variance_intervals
 from jaxcomm.transforms.common import zero_count
-
-Intervals = Callable[[jax.Array], jax.Array]  # first step of a round, int32 -> its length, int32
 
 
 class ZeroOneAdamState(NamedTuple):
@@ -57,45 +55,6 @@ class ZeroOneAdamState(NamedTuple):
     next_variance: jax.Array  # shape=(), dtype=jnp.int32; replicated: steps before the next T_v
     error: optax.Updates  # per worker: e_i
     server_error: jax.Array  # float32, shape=(ceil(d/n),); per worker: s
-
-
-def local_step_intervals(start: int, scaler: int = 32678, longest: int = 16) -> Intervals:
-    """T_u of the paper: meets every step before `start`, then at distances that double.
-
-    The distance is min(2^((t - start) // scaler), longest). The paper starts when v is frozen and
-    sets `scaler` to the steps in which its learning rate halves.
-
-    Raises:
-      ValueError: start < 0, scaler < 1 or longest < 1.
-    """
-    if start < 0 or scaler < 1 or longest < 1:
-        raise ValueError(
-            "local_step_intervals: needs start >= 0, scaler >= 1 and longest >= 1, got "
-            f"{start=}, {scaler=}, {longest=}"
-        )
-    most = longest.bit_length() - 1
-
-    def interval(step):
-        doublings = jnp.clip((step - start) // scaler, 0, most + 1)
-        return jnp.minimum(jnp.left_shift(1, doublings), longest).astype(jnp.int32)
-
-    return interval
-
-
-def variance_intervals(scaler: int = 16) -> Intervals:
-    """T_v of the paper: the j-th and the next update of v are 2^(j // scaler) steps apart.
-
-    Raises:
-      ValueError: scaler < 1.
-    """
-    if scaler < 1:
-        raise ValueError(f"variance_intervals: scaler must be at least 1, got {scaler}")
-
-    def interval(step):  # the j-th is at scaler (2^q - 1) + r 2^q, for j = q scaler + r
-        doublings = 31 - jax.lax.clz(jnp.asarray(step // scaler + 1, jnp.int32))
-        return jnp.left_shift(1, doublings).astype(jnp.int32)
-
-    return interval
 
 
 def zero_one_adam(
@@ -159,10 +118,10 @@ def zero_one_adam(
     """
     where = "zero_one_adam"
     check_one_bit(where, compressor, max_update, b1=b1, b2=b2)
-    rounds = _intervals(where, "sync_every", sync_every)
+    rounds = as_intervals(where, "sync_every", sync_every)
     if variance_every is None:
         variance_every = variance_intervals()
-    waits = _intervals(where, "variance_every", variance_every)
+    waits = as_intervals(where, "variance_every", variance_every)
     if isinstance(variance_stop, int) and variance_stop < 1:
         raise ValueError(f"{where}: variance_stop must be at least 1, got {variance_stop}")
 
@@ -257,11 +216,3 @@ def _difference(target, params) -> jax.Array:
     """What takes the parameters to the target as their dtype holds it, a float32 vector."""
     held = jax.tree.map(lambda z, x: z.astype(x.dtype), target, params)
     return flatten(held)[0] - flatten(params)[0]
-
-
-def _intervals(where: str, name: str, value: Intervals | int) -> Intervals:
-    if callable(value):
-        return lambda step: jnp.maximum(jnp.asarray(value(step), jnp.int32), 1)
-    if isinstance(value, int) and value < 1:
-        raise ValueError(f"{where}: {name} must be at least 1, got {value}")
-    return lambda step: jnp.asarray(value, jnp.int32)
