@@ -1,5 +1,6 @@
 """What an algorithm does to gradients or pseudo-gradients: Optax transforms."""
 
+from jaxcomm.transforms._accumulate import AccumulateState, accumulate
 from jaxcomm.transforms._average import average, compressed_average
 from jaxcomm.transforms._deep_gradient_compression import (
     DeepGradientCompressionState,
@@ -37,6 +38,7 @@ from jaxcomm.transforms._zero_one_intervals import local_step_intervals, varianc
 from jaxcomm.transforms.common import Communication
 
 __all__ = [
+    "AccumulateState",
     "Communication",
     "DeepGradientCompressionState",
     "DemoState",
@@ -50,6 +52,7 @@ __all__ = [
     "PowerSGDState",
     "TrustRatio",
     "ZeroOneAdamState",
+    "accumulate",
     "average",
     "compressed_average",
     "contraction_constants",
