@@ -1,8 +1,8 @@
 """The table of methods in the README, made from the configs; prints it as markdown.
 
-    python -m experiments.methods
+    python -m experiments.methods [--update]
 
-Name and source come from a config's docstring, the figures from the traced step of its digits
+With --update it also replaces the table in README.md. Name and source come from a config's docstring, the figures from the traced step of its digits
 config: what a worker puts into messages (bits a coordinate, in a step or at a meeting; `or` between
 the stages of a method), the collectives, and the state that differs between workers (in units of
 the d parameters, local copies of the parameters included).
@@ -11,6 +11,7 @@ the d parameters, local copies of the parameters included).
 import importlib
 import math
 import re
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +23,8 @@ from experiments.train import make_step
 from jaxcomm.training.workers import Place
 
 CONFIGS = Path(__file__).parent.parent / "configs"
+README = CONFIGS.parent / "README.md"
+BEGIN, END = "<!-- methods -->", "<!-- end of methods -->"
 
 
 class Method(NamedTuple):
@@ -108,5 +111,18 @@ def table() -> str:
     return "\n".join(lines)
 
 
+def readme_table() -> str:
+    """The table as README.md has it."""
+    return README.read_text().split(BEGIN)[1].split(END)[0].strip()
+
+
+def main(arguments: list[str]) -> None:
+    new = table()
+    print(new)
+    if "--update" in arguments:
+        before, _, rest = README.read_text().partition(BEGIN)
+        README.write_text(f"{before}{BEGIN}\n\n{new}\n\n{END}{rest.partition(END)[2]}")
+
+
 if __name__ == "__main__":
-    print(table())
+    main(sys.argv[1:])
