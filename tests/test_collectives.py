@@ -58,6 +58,15 @@ def every_primitive(x, name):
             "back": primitives.shift(y, name, -3),
             "stay": primitives.shift(y, name, N),
         }
+    same = jnp.arange(2.0 * N).reshape(N, 2)  # replicated: vmap does not map over it
+    out["replicated"] = {
+        "sum": primitives.all_sum(same[0], name),
+        "max": primitives.all_max(same[0], name),
+        "gather": primitives.all_gather(same[0], name),
+        "all_to_all": primitives.all_to_all(same, name),
+        "scatter": primitives.scatter_sum(same, name),
+        "ahead": primitives.shift(same[0], name),
+    }
     empty = x[:0]
     out["empty"] = {
         "sum": primitives.all_sum(empty, name),
@@ -91,6 +100,16 @@ def test_primitives(mode):
         for op, (value, kind) in want.items():
             assert found[op].dtype == kind, (op, dtype)
             np.testing.assert_array_equal(found[op].astype(np.float32), value, err_msg=op)
+    same = np.arange(2.0 * N).reshape(N, 2)
+    for op, value in {
+        "sum": everyone(N * same[0]),
+        "max": everyone(same[0]),
+        "gather": everyone(np.tile(same[0], (N, 1))),
+        "all_to_all": np.repeat(same[:, None], N, 1),
+        "scatter": N * same,
+        "ahead": everyone(same[0]),
+    }.items():
+        np.testing.assert_array_equal(got["replicated"][op], value, err_msg=op)
     shapes = {op: value.shape for op, value in got["empty"].items()}
     assert shapes == {
         "sum": (8, 0, 3),
