@@ -4,7 +4,7 @@
 
 With --update it also replaces the table in README.md. Name and source come from a config's
 docstring, the figures from the traced step of its digits config: what a worker puts into messages
-(bits a coordinate, in a step or at a meeting; `or` between the stages of a method), the collectives,
+(bits a coordinate, in a step or at a meeting; `or` between a method.s stages), the collectives,
 and the state that differs between workers (in units of the d parameters, local copies included).
 """
 
