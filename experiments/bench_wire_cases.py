@@ -1,7 +1,10 @@
 """What `experiments.bench wire` measures: which codec, by which exchange, how large."""
 
 import dataclasses
+import functools
 import math
+from collections.abc import Iterable
+from typing import Any
 
 from experiments import bench_codec
 from jaxcomm import compressors as codecs
@@ -42,6 +45,12 @@ def sizes_of(exchange: str, hosts: int) -> dict[str, int]:
     return {"workers": hosts}
 
 
+def single(values: Iterable) -> Any:
+    """The only value, or a tuple of several: how an axis and how axes are named."""
+    first, *others = values
+    return (first, *others) if others else first
+
+
 def byte_cases(hosts: int) -> list[Case]:
     """Every compressor by every exchange, with messages just large enough."""
     names = [name for name in compressors() if "1%" not in name]
@@ -59,12 +68,13 @@ def timed_cases() -> list[Case]:
     return [Case(*pair, ELEMENTS) for pair in TIMED]
 
 
+@functools.cache
 def elements_for(compressor: str, exchange: str, hosts: int) -> int:
     """Elements that make a host send SENT_BYTES or a little more; an odd number."""
-    sizes = tuple(sizes_of(exchange, hosts).values())
-    workers = sizes if len(sizes) > 1 else sizes[0]
-    sent = lambda d: exchange_bytes(exchange, compressors()[compressor], d, workers)
+    codec, workers = compressors()[compressor], single(sizes_of(exchange, hosts).values())
     elements = 1_000_003
-    while sent(elements) < SENT_BYTES or sent(elements) > 1.1 * SENT_BYTES:
-        elements = math.ceil(elements * 1.03 * SENT_BYTES / sent(elements)) | 1
-    return elements
+    while True:
+        sent = exchange_bytes(exchange, codec, elements, workers)
+        if SENT_BYTES <= sent <= 1.1 * SENT_BYTES:
+            return elements
+        elements = math.ceil(elements * 1.03 * SENT_BYTES / sent) | 1
