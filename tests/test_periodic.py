@@ -242,6 +242,43 @@ def test_averaged_moments_move_only_at_meetings():
     assert (nu == nu[0]).all()
 
 
+OUTER = {
+    "ef21": lambda: optax.chain(jaxcomm.ef21(jaxcomm.top_k(k=2), AXIS), NESTEROV),
+    "one bit": lambda: optax.chain(
+        jaxcomm.error_feedback(jaxcomm.sign(), AXIS, exchange="two_phase"), optax.adam(0.05)
+    ),
+    "stochastic": lambda: optax.chain(
+        optax.trace(0.5),
+        jaxcomm.compressed_average(jaxcomm.quantize(4, rounding="stochastic"), AXIS),
+        optax.contrib.muon(0.1),
+    ),
+    "low rank": lambda: optax.chain(jaxcomm.power_sgd(1, AXIS), NESTEROV),
+    "bare": lambda: jaxcomm.econtrol(jaxcomm.top_k(k=2), AXIS, eta=0.1),
+}
+
+
+@pytest.mark.parametrize("name", OUTER)
+def test_any_outer_chain_is_accepted_and_keeps_replicas_equal(name):
+    q = Quadratic(n=8, d=12)
+    x0 = {"w": jnp.asarray(q.x0[:8]).reshape(4, 2), "b": jnp.asarray(q.x0[8:])}
+    whole = lambda p: jnp.concatenate([p["w"].reshape(-1), p["b"]])
+    step = jaxcomm.make_train_step(
+        lambda p, b, k: q.loss(whole(p), b[0], k),
+        optax.contrib.muon(0.05) if name == "stochastic" else optax.sgd(0.1),
+        axis_name=AXIS,
+        sync=jaxcomm.periodic(OUTER[name](), 3),
+        simulate=8,
+    )
+    state = step.init(x0, jax.random.key(0))
+    for _ in range(30):
+        state, _ = step(state, q.data)
+    excess = lambda x: 0.5 * np.sum(q.a * (np.asarray(x) - q.b.mean(0)) ** 2)
+    finals = np.asarray(jax.vmap(whole)(state.params))
+    assert (finals == finals[:1]).all()
+    assert excess(finals[0]) < 0.5 * excess(q.x0)
+    assert {p.value for p in jax.tree.leaves(step.places.sync_state.anchor)} == {"replicated"}
+
+
 @pytest.mark.parametrize("moments", ["mean", None, jaxcomm.error_feedback(jaxcomm.sign(), AXIS)])
 def test_moments_are_refused(moments):
     with pytest.raises((ValueError, TypeError), match="moments"):

@@ -56,7 +56,7 @@ def _averaged(communication: Communication, where: str) -> Callable:
         leaves, treedef = jax.tree.flatten(opt_state)
         floats = [jnp.issubdtype(x.dtype, jnp.floating) for x in leaves]
         means, _ = communication.update([x for x, f in zip(leaves, floats) if f], memory)
-        averaged = iter(means)
+        averaged = iter(jax.tree.leaves(means))
         new = [next(averaged) if f else x for x, f in zip(leaves, floats)]
         return jax.tree.unflatten(treedef, new)
 

@@ -19,7 +19,9 @@ _UNBOUND = re.compile(r"axis_name='([^']+)' is not bound|unbound axis name:? '?(
 _MOST_AXES = 4
 
 
-def downhill(outer: optax.GradientTransformation, where: str) -> optax.GradientTransformation:
+def downhill(
+    outer: optax.GradientTransformation, where: str
+) -> optax.GradientTransformationExtraArgs:
     """The outer chain with updates that are added to the anchor.
 
     A bare communication keeps the direction of its input, the displacement: it is subtracted.
@@ -28,7 +30,7 @@ def downhill(outer: optax.GradientTransformation, where: str) -> optax.GradientT
       ValueError: the chain has no collective, or its updates point along the displacement.
     """
     if isinstance(outer, Communication):
-        return optax.chain(outer, optax.scale(-1.0))
+        return optax.with_extra_args_support(optax.chain(outer, optax.scale(-1.0)))
     chain = optax.with_extra_args_support(outer)
     if axis.bound():  # built inside a mapped function: cannot be tried out
         return chain

@@ -30,6 +30,25 @@ class SyncRule(NamedTuple):
     moments: Callable[..., optax.OptState] | None = None
 
 
+def hooks_of(rule: SyncRule) -> dict[str, Callable | None]:
+    """The hooks of a rule that another one wraps, whose state holds the rule's as `state.rule`."""
+    adjust, moments = rule.adjust, rule.moments
+
+    def adjust_fn(grads, params, state, step, obj_fn):
+        assert adjust is not None
+        grads, inner = adjust(grads, params, state.rule, step, obj_fn)
+        return grads, state._replace(rule=inner)
+
+    def moments_fn(opt_state, initial_fn, state, step):
+        assert moments is not None
+        return moments(opt_state, initial_fn, state.rule, step)
+
+    return {
+        "adjust": None if adjust is None else adjust_fn,
+        "moments": None if moments is None else moments_fn,
+    }
+
+
 def float32(tree):
     """The tree with float32 leaves."""
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree)

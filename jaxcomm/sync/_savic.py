@@ -24,7 +24,7 @@ import optax
 from jaxcomm.collectives import AxisName, cond, index, mean
 from jaxcomm.collectives.flatten import zeros_like_float32
 from jaxcomm.sync._periodic import PeriodicState, local_sgd
-from jaxcomm.sync._rule import SyncRule, float32
+from jaxcomm.sync._rule import SyncRule, float32, hooks_of
 from jaxcomm.sync._schedules import Schedule
 
 RULES = ("adam", "rmsprop", "oasis", "adahessian")
@@ -116,10 +116,7 @@ def savic(
         params, new = meetings.apply(params, state.rule, step)
         return params, state._replace(rule=new)
 
-    def moments_fn(opt_state, initial_fn, state, step):
-        return meetings.moments(opt_state, initial_fn, state.rule, step)
-
-    return SyncRule(init_fn, apply_fn, adjust_fn, moments_fn if meetings.moments else None)
+    return SyncRule(init_fn, apply_fn, adjust_fn, hooks_of(meetings)["moments"])
 
 
 def _hessian_diagonal(obj_fn, params, key):

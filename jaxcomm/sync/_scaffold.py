@@ -157,7 +157,7 @@ def _check_share(where: str, name: str, value: float) -> None:
 
 def _controlled(
     compressor, axis_name, every, learning_rate, global_learning_rate, participants, seed,
-    total_steps, *, scaling=None, momentum=None, name,
+    total_steps, *, scaling=1.0, momentum=None, name,
 ) -> SyncRule:  # fmt: skip
     check_compressor(compressor, name)
     if participants is not None and participants < 1:

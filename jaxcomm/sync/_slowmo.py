@@ -13,7 +13,7 @@ Sources: Wang, Tantia, Ballas & Rabbat 2020, SlowMo (arXiv 1910.00643); Sun et a
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,7 @@ class SlowMomentumState(NamedTuple):
     """State of the outer optimizer; float32 trees like params."""
 
     momentum: optax.Updates  # m
-    previous: optax.Params | None  # x_{t-1,0}; only with a staleness gap
+    previous: Any  # x_{t-1,0}; only with a staleness gap
 
 
 def slow_momentum(
@@ -63,23 +63,24 @@ def slow_momentum(
         raise ValueError(f"slow_momentum: beta must be in [0, 1), got {beta}")
     if clip is not None and clip <= 0:
         raise ValueError(f"slow_momentum: clip must be positive, got {clip}")
-    rate = learning_rate if callable(learning_rate) else lambda step: learning_rate
+    rate: Any = learning_rate if callable(learning_rate) else lambda step: learning_rate
 
     def init_fn(params):
         zeros = jax.tree.map(jnp.zeros_like, params)
         previous = None if staleness is None else jax.tree.map(jnp.asarray, params)
         return SlowMomentumState(zeros, previous)
 
-    def update_fn(updates, state, params=None, *, local_step=None, **extra):
-        del extra
+    def update_fn(updates, state, params=None, **extra):
         if staleness is not None:
             move = jax.tree.map(lambda z, old: z - old, params, state.previous)
             updates = _divide(updates, staleness(move, updates))
-        gamma = 1.0 if learning_rate is None else jnp.asarray(rate(local_step - 1), jnp.float32)
-        inverse = 1.0 if learning_rate is None else jnp.where(gamma > 0, 1.0 / gamma, 0.0)
+        gamma = inverse = 1.0
+        if learning_rate is not None:
+            gamma = jnp.asarray(rate(extra["local_step"] - 1), jnp.float32)
+            inverse = jnp.where(gamma > 0, 1.0 / gamma, 0.0)
         momentum = jax.tree.map(lambda m, p: beta * m + inverse * p, state.momentum, updates)
         if clip is not None:
-            momentum = jax.tree.map(lambda m: jnp.clip(m, -clip, clip), momentum)
+            momentum = jax.tree.map(lambda m, phi=clip: jnp.clip(m, -phi, phi), momentum)
         steps = jax.tree.map(lambda m: -alpha * gamma * m, momentum)
         return steps, SlowMomentumState(momentum, None if staleness is None else params)
 

@@ -5,7 +5,7 @@ What is averaged is the anchor, so the rule must have one that all workers share
 Sources: Izmailov et al. 2018, SWA (arXiv 1803.05407); Kaddour 2022, LAWA (arXiv 2209.14981).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +13,13 @@ import optax
 
 from jaxcomm.collectives import cond
 from jaxcomm.collectives.axis import varying_axes
-from jaxcomm.sync._rule import SyncRule
+from jaxcomm.sync._rule import SyncRule, hooks_of
 
 
 class WeightAverageState(NamedTuple):
     """State of `weight_average`; replicated, but for what is per worker in the rule's."""
 
-    rule: tuple  # state of the wrapped rule
+    rule: Any  # state of the wrapped rule
     weights: optax.Params  # float32: the last k, leading axis k; or their running mean
     count: jax.Array  # shape=(), dtype=jnp.int32: meetings taken in so far
 
@@ -58,19 +58,7 @@ def weight_average(rule: SyncRule, *, last: int | None = None, start: int = 0) -
         weights = cond(met, take, lambda weights, x: weights, state.weights, agreed)
         return params, WeightAverageState(new, weights, state.count + met)
 
-    def adjust_fn(grads, params, state, step, obj_fn):
-        grads, inner = rule.adjust(grads, params, state.rule, step, obj_fn)
-        return grads, state._replace(rule=inner)
-
-    def moments_fn(opt_state, initial_fn, state, step):
-        return rule.moments(opt_state, initial_fn, state.rule, step)
-
-    return SyncRule(
-        init_fn,
-        apply_fn,
-        adjust_fn if rule.adjust is not None else None,
-        moments_fn if rule.moments is not None else None,
-    )
+    return SyncRule(init_fn, apply_fn, **hooks_of(rule))
 
 
 def _agreed(state):
