@@ -13,10 +13,10 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 
 import jaxcomm
+from experiments.config import Config
 from experiments.tasks import Task
 from experiments.train import make_step
 from jaxcomm.traffic.alone import without_communication
@@ -27,21 +27,21 @@ Branches = tuple[int, ...]
 STAND_IN = 8  # longest side of a leaf of the stand-in model
 
 
-def step_for(config: ml_collections.ConfigDict, loss_fn: Callable, workers: int) -> TrainStep:
+def step_for(config: Config, loss_fn: Callable, workers: int) -> TrainStep:
     """The config's step for another number of workers; it can be traced without any device."""
     config = config.copy_and_resolve_references()
     config.mode, config.workers = "simulate", workers
     return make_step(config, loss_fn)
 
 
-def batch_shapes(config: ml_collections.ConfigDict, batch, workers: int):
+def batch_shapes(config: Config, batch, workers: int):
     """Shapes of the global batch of so many workers, each with the config's share."""
     rows = config.batch_size // config.workers * workers
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), batch)
 
 
 def traffic_for(
-    config: ml_collections.ConfigDict, task: Task, batch, workers: int
+    config: Config, task: Task, batch, workers: int
 ) -> jaxcomm.Traffic:
     """The traffic of the config's step with so many workers; `batch` has any number of rows."""
     step = step_for(config, task.loss_fn, workers)
@@ -51,7 +51,7 @@ def traffic_for(
 
 
 def time_alone(
-    config: ml_collections.ConfigDict, task: Task, batch, workers: int, steps: int = 12
+    config: Config, task: Task, batch, workers: int, steps: int = 12
 ) -> dict[Branches, float]:
     """Median seconds of one worker's step without communication, by the branches it took.
 
@@ -83,7 +83,7 @@ def time_alone(
     return {branches: statistics.median(seconds) for branches, seconds in times.items()}
 
 
-def branch_shares(config: ml_collections.ConfigDict, task: Task) -> dict[Branches, float]:
+def branch_shares(config: Config, task: Task) -> dict[Branches, float]:
     """Share of the config's steps by the branches they take; `{(): 1.0}` without conditionals."""
     tree = jax.eval_shape(task.init, jax.random.key(0))
     small = lambda x: jnp.ones([min(side, STAND_IN) for side in x.shape], x.dtype)

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import ml_collections
 import numpy as np
 from absl import app, flags
 from rich.console import Console
 from rich.table import Table
 
+from experiments.config import Config
 from experiments.train import setup_devices, train_and_evaluate
 from jaxcomm.training.metrics import human_bytes, prepare_workdir
 
@@ -40,7 +40,7 @@ class Runs(NamedTuple):
         return np.array([float(s.get(key, "nan")) for s in self.summaries])
 
 
-def load_config(text: str) -> tuple[str, ml_collections.ConfigDict]:
+def load_config(text: str) -> tuple[str, Config]:
     """The name and config of `path.py` or `path.py:argument`.
 
     Raises:
@@ -57,7 +57,7 @@ def load_config(text: str) -> tuple[str, ml_collections.ConfigDict]:
     return Path(path).stem, module.get_config(argument or None)
 
 
-def set_fields(config: ml_collections.ConfigDict, assignments: list[str]) -> None:
+def set_fields(config: Config, assignments: list[str]) -> None:
     """Applies 'a.b=value' assignments; values are Python literals, or strings."""
     changes = {}
     for assignment in assignments:
@@ -71,7 +71,7 @@ def set_fields(config: ml_collections.ConfigDict, assignments: list[str]) -> Non
     config.update_from_flattened_dict(changes)
 
 
-def check_budget(configs: dict[str, ml_collections.ConfigDict]) -> None:
+def check_budget(configs: dict[str, Config]) -> None:
     """Raises a ValueError if two configs do not spend the same."""
     (first, reference), *others = configs.items()
     for name, config in others:
@@ -84,7 +84,7 @@ def check_budget(configs: dict[str, ml_collections.ConfigDict]) -> None:
 
 
 def compare(
-    configs: dict[str, ml_collections.ConfigDict], seeds: int, workdir: str, command: str = ""
+    configs: dict[str, Config], seeds: int, workdir: str, command: str = ""
 ) -> list[Runs]:
     """Runs what is not finished, and writes the report."""
     check_budget(configs)

@@ -1,8 +1,8 @@
 """Configs name methods as the Python expressions of the library, kept as strings.
 
 `config.tx = "optax.chain(ef21(top_k(0.01), axis_name), optax.adamw(learning_rate))"` can be
-printed, stored beside a checkpoint and changed on the command line. Only calls of jaxcomm's and Optax's
-public functions, names in scope, literals and arithmetic are understood: nothing else runs.
+printed, stored beside a checkpoint and changed on the command line. Only calls of jaxcomm's and
+Optax's public functions, names in scope, literals and arithmetic are understood: nothing else runs.
 """
 
 import ast

@@ -15,7 +15,6 @@ import logging as std_logging
 import math
 from typing import Any
 
-import ml_collections
 from absl import app, flags
 from ml_collections import config_flags
 from rich.console import Console
@@ -23,6 +22,7 @@ from rich.console import Console
 import jaxcomm
 from experiments.alone import branch_shares, mean_seconds, time_alone, traffic_for
 from experiments.compare import load_config
+from experiments.config import Config
 from experiments.tasks import Task, make_task
 from jaxcomm.traffic.advice import WITHOUT
 from jaxcomm.traffic.link import parse_seconds
@@ -63,7 +63,7 @@ class Plan:
         return jaxcomm.Method(self.traffic[workers], seconds, branches=self.shares)
 
 
-def dense_config(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+def dense_config(config: Config) -> Config:
     """The config with float32 gradients averaged in every step, and AdamW."""
     config = config.copy_and_resolve_references()
     config.tx, config.sync = DENSE_TX, ""
@@ -72,7 +72,7 @@ def dense_config(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict
 
 def make_plan(
     name: str,
-    config: ml_collections.ConfigDict,
+    config: Config,
     workers: list[int],
     *,
     compute_seconds: float | None = None,

@@ -1,10 +1,11 @@
 """The learning-rate schedule of `config.learning_rate`."""
 
-import ml_collections
 import optax
 
+from experiments.config import Config
 
-def learning_rate(config: ml_collections.ConfigDict) -> optax.Schedule:
+
+def learning_rate(config: Config) -> optax.Schedule:
     """Linear warm-up to `peak`, then `decay` ('cosine' or 'constant') to `end` at `config.steps`.
 
     Raises:

@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
@@ -22,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 import jaxcomm
+from experiments.config import Config
 from experiments.expressions import evaluate as expression
 from experiments.problems import PROBLEMS, Problem
 from experiments.train import default_workdir
@@ -91,7 +91,7 @@ def run_method(problem: Problem, label: str, text: str, config) -> Curve:
     return Curve(label, np.arange(points + 1) * config.record_every, errors, bits)
 
 
-def run(config: ml_collections.ConfigDict, workdir: str) -> list[Curve]:
+def run(config: Config, workdir: str) -> list[Curve]:
     """Runs every method of the config and writes the results."""
     if config.problem.name not in PROBLEMS:
         raise ValueError(

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import ml_collections
 from absl import app, flags, logging
+from jax.experimental import multihost_utils
 from ml_collections import config_flags
 
+from experiments.config import Config
 from experiments.expressions import evaluate as expression
 from experiments.schedules import learning_rate
 from experiments.tasks import make_task
@@ -33,7 +34,7 @@ FREE = ("checkpoint_every", "keep", "log_every", "evaluate_every", "mode")
 COUNTER = "JAXCOMM_COUNTER"
 
 
-def make_step(config: ml_collections.ConfigDict, loss_fn) -> TrainStep:
+def make_step(config: Config, loss_fn) -> TrainStep:
     """The train step that the config describes; see `configs/common.py` for its fields."""
     if config.mode not in MODES:
         raise ValueError(f"config.mode must be one of {', '.join(MODES)}, got {config.mode!r}")
@@ -53,7 +54,7 @@ def make_step(config: ml_collections.ConfigDict, loss_fn) -> TrainStep:
     return make_train_step(loss_fn, tx, axis_name=config.axis_name, sync=sync, **way)
 
 
-def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
+def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any]:
     """Runs the training that the config describes and returns its summary."""
     if done := _finished(config, workdir):
         return done
@@ -107,7 +108,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str) -> dict[
             "dense_over_sent": run.dense_step_bytes * config.steps / max(run.sent_bytes, 1),
             "seconds": run.seconds,
             "skipped": int(run.state.skipped.sum()),
-            **({} if counter is None else {"counter_bytes": _counter() - counter}),
+            **_counted(counter),
             "task": task.metadata,
             "device": device_arithmetic(),
             "config": config.to_dict(),
@@ -116,12 +117,12 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str) -> dict[
     return summary
 
 
-def _fixed(config: ml_collections.ConfigDict) -> dict[str, Any]:
+def _fixed(config: Config) -> dict[str, Any]:
     """The part of the config that must not change within a run."""
     return {k: v for k, v in config.to_dict().items() if k not in FREE}
 
 
-def _finished(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any] | None:
+def _finished(config: Config, workdir: str) -> dict[str, Any] | None:
     path = Path(workdir) / "summary.json"
     if not path.exists():
         return None
@@ -138,12 +139,20 @@ def _finished(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]
     return summary
 
 
+def _counted(before: int | None) -> dict[str, int]:
+    """What this host's interface has transmitted since, if there is a counter."""
+    if before is None:
+        return {}
+    multihost_utils.sync_global_devices("counter")  # until then others may still be receiving
+    return {"counter_bytes": (_counter() or 0) - before}
+
+
 def _counter() -> int | None:
     path = os.environ.get(COUNTER)
     return int(Path(path).read_text()) if path else None
 
 
-def _check_devices(config: ml_collections.ConfigDict) -> None:
+def _check_devices(config: Config) -> None:
     if jax.device_count() < config.workers or config.workers % jax.process_count():
         raise ValueError(
             f"config.mode={config.mode!r} with config.workers={config.workers} does not fit "
@@ -152,7 +161,7 @@ def _check_devices(config: ml_collections.ConfigDict) -> None:
         )
 
 
-def _mesh(config: ml_collections.ConfigDict) -> jax.sharding.Mesh:
+def _mesh(config: Config) -> jax.sharding.Mesh:
     share = config.workers // jax.process_count()
     devices = [
         d
@@ -162,7 +171,7 @@ def _mesh(config: ml_collections.ConfigDict) -> jax.sharding.Mesh:
     return jax.sharding.Mesh(devices, (config.axis_name,), axis_types=(jax.sharding.AxisType.Auto,))
 
 
-def setup_devices(config: ml_collections.ConfigDict) -> None:
+def setup_devices(config: Config) -> None:
     """As many CPU devices as this process has workers, before JAX starts."""
     processes = int(os.environ.get("JAXCOMM_PROCESSES", "1"))
     if config.mode in ("devices", "pmap") and "JAX_NUM_CPU_DEVICES" not in os.environ:

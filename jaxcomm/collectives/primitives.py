@@ -121,7 +121,7 @@ def shift(x: jax.Array, axis_name: AxisName, by: int = 1, part: str = "values") 
     wire = axis.varying(_to_wire(x), names)
     with jax.named_scope(SCOPE + part):
         if len(names) == 1 or axis.manual(names):
-            wire = _permute(wire, names if len(names) > 1 else names[0], by)
+            wire = _permute(wire, names[0] if len(names) == 1 else names, by)
         else:
             wire = _shift_nested(wire, names, by)
     return _from_wire(wire, x.dtype)

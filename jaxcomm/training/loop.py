@@ -135,7 +135,7 @@ class Account:
     def settle(self) -> float:
         """The total so far, bytes; waits for the steps whose branches are not known yet."""
         for branches in self._branches:
-            self.total += self._traffic.step_bytes(np.asarray(branches))
+            self.total += self.report.step_bytes(np.asarray(branches))
         self._branches = []
         return int(self.total) if float(self.total).is_integer() else self.total
 

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import logging
+from jax.core import Tracer
 from jax.sharding import Mesh
 
 from jaxcomm.collectives import all_sum, axis
@@ -129,8 +130,9 @@ class TrainStep:
 
         def one_step(state):
             zeros = jax.tree.map(jnp.zeros_like, (state.params, {"loss": jnp.float32(0)}))
-            zeros = axis.varying(zeros, self.workers.axis_name)
-            return self._apply(state, *zeros, optax.tree.sum)[0]  # any loss: only types matter
+            grads, metrics = axis.varying(zeros, self.workers.axis_name)
+            # any loss will do: only types matter
+            return self._apply(state, grads, metrics, optax.tree.sum)[0]
 
         places, state = infer_places(self._init, one_step, self.workers, params, key)
         if self._sync is None and self.workers.count > 1:
@@ -330,7 +332,7 @@ def _abstract(x):
 
 def _local(x):
     """The part of a (n, ...) array that this process holds."""
-    if isinstance(x, jax.core.Tracer) or x.is_fully_addressable:
+    if isinstance(x, Tracer) or x.is_fully_addressable:
         return x
     return np.concatenate([np.asarray(shard.data) for shard in x.addressable_shards])
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -65,6 +66,7 @@ class Workers:
             self.sizes = tuple(self.mesh.shape[name] for name in self.names)
         else:
             count = simulate if simulate is not None else pmap
+            assert count is not None
             self.sizes = count if isinstance(count, tuple) else (count,)
             self.mesh = None
         if len(self.sizes) != len(self.names) or any(s < 1 for s in self.sizes):
@@ -131,7 +133,7 @@ class Workers:
         The CPU devices of one process share one pool of threads; a program that waits in a
         collective holds its threads, and a second one can starve the first of its last thread.
         """
-        if self._share_threads and not isinstance(jax.tree.leaves(result)[0], jax.core.Tracer):
+        if self._share_threads and not isinstance(jax.tree.leaves(result)[0], Tracer):
             jax.block_until_ready(result)
         return result
 

@@ -55,6 +55,7 @@ class Freeze(NamedTuple):
     def due(self, t: jax.Array, v_hat: jax.Array, norms: jax.Array | None):
         """Whether v stays as it is after update t (counted from 1), and the norms to keep."""
         if norms is None:
+            assert self.step is not None
             return t >= self.step, None
         norm, slot = jnp.sum(v_hat), (t - 1) % self.window
         stable = (norm > 0) & (norm >= STABLE_RATIO * norms[slot])
@@ -110,7 +111,7 @@ def compressed_mean(
     axis_name: AxisName,
     seed: int,
     count: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """The error-compensated two-phase mean of x, zero where a coordinate is not alive.
 
     Returns:

@@ -194,7 +194,7 @@ def one_bit_lamb(
     def update_fn(updates, state, params=None, **extra):
         del extra
         if params is None:
-            raise ValueError(optax.NO_PARAMS_MSG)
+            raise ValueError("one_bit_lamb: update needs the parameters, got params=None")
         gradient, unflatten = flatten(updates)
         tensors = Tensors(unflatten, [x.size for x in jax.tree.leaves(updates)])
         frozen = state.frozen_at >= 0

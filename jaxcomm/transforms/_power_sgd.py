@@ -119,7 +119,8 @@ def power_sgd(
         """A fresh Q for every leaf, the same on all workers."""
         key = jax.random.fold_in(jax.random.key(seed), count)
         leaves, treedef = jax.tree.flatten(matrices)
-        shapes = [(b, min(rank, a, b)) for a, b in (matrix_shape(x.shape) for x in leaves)]
+        sides = [matrix_shape(x.shape) or (0, 0) for x in leaves]
+        shapes = [(b, min(rank, a, b)) for a, b in sides]
         drawn = [jax.random.normal(jax.random.fold_in(key, i), s) for i, s in enumerate(shapes)]
         return jax.tree.unflatten(treedef, drawn)
 

@@ -157,7 +157,7 @@ def zero_one_adam(
     def update_fn(updates, state, params=None, **extra):
         del extra
         if params is None:
-            raise ValueError(optax.NO_PARAMS_MSG)
+            raise ValueError("zero_one_adam: update needs the parameters, got params=None")
         gradient, unflatten = flatten(updates)
         memory = lambda vector: unflatten(vector, jnp.float32)
         v, nu_count, next_variance = variance(state, gradient)
