@@ -149,10 +149,8 @@ def _measured(name: str):
             payload = c.encode(v, k)
             return c.decode(payload, v.shape[0]), payload
 
-        over_keys = lambda v, ks: jax.vmap(lambda k: both(v, k))(ks)
-        return {
-            size: jax.vmap(lambda v: over_keys(v, keys[: seeds(size)]))(x) for size, x in xs.items()
-        }
+        over_keys = jax.vmap(jax.vmap(both, (None, 0)), (0, None))
+        return {size: over_keys(x, keys[: seeds(size)]) for size, x in xs.items()}
 
     seeds = lambda size: 64 if size > 9 else 1024 if random else 8
     xs = {size: np.stack([sample(kind, size) for kind in KINDS]) for size in SIZES}
