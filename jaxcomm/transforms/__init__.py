@@ -11,6 +11,7 @@ from jaxcomm.transforms._econtrol import EControlState, econtrol
 from jaxcomm.transforms._ef21 import EF21State, ef21
 from jaxcomm.transforms._ef21_plus import EF21PlusState, ef21_plus
 from jaxcomm.transforms._error_feedback import ErrorFeedbackState, error_feedback
+from jaxcomm.transforms._just_one_byte import JustOneByte, JustOneByteState, just_one_byte
 from jaxcomm.transforms._one_bit_adam import (
     OneBitAdamState,
     one_bit_adam,
@@ -46,6 +47,8 @@ __all__ = [
     "EF21PlusState",
     "EF21State",
     "ErrorFeedbackState",
+    "JustOneByte",
+    "JustOneByteState",
     "OneBitAdamState",
     "OneBitLambState",
     "PageState",
@@ -70,6 +73,7 @@ __all__ = [
     "ef21_step_size",
     "ef21_weights",
     "error_feedback",
+    "just_one_byte",
     "local_step_intervals",
     "majority_vote",
     "one_bit_adam",
