@@ -225,14 +225,21 @@ def test_bytes_are_counted_for_workers_without_devices():
     assert [c.exchange for c in found.collectives][1:] == ["gather", "gather"]
 
 
-def test_what_is_left_dense_is_in_the_report_with_its_reason():
+@pytest.mark.parametrize("place", ["init", "update"])
+def test_what_is_left_dense_is_in_the_report_with_its_reason(place):
+    def note(where):
+        if where == place:
+            log_dense("a rule", ["['bias']"], "too small")
+
+    def init_fn(params):
+        note("init")
+        return optax.EmptyState()
+
     def update_fn(updates, state, params=None):
-        log_dense("a rule", ["['bias']"], "too small")
+        note("update")
         return jaxcomm.average(AXIS).update(updates, state)
 
-    tx = optax.chain(
-        optax.GradientTransformation(lambda p: optax.EmptyState(), update_fn), optax.sgd(0.1)
-    )
+    tx = optax.chain(optax.GradientTransformation(init_fn, update_fn), optax.sgd(0.1))
     step = made_step(tx)
     state = step.abstract_state({"bias": jnp.zeros(3)}, jax.random.key(0))
     found = jaxcomm.traffic(step, state, {"x": jnp.ones(N)})

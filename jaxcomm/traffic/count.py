@@ -60,12 +60,13 @@ def traffic(step, state, batch) -> Traffic:
       >>> report.by("part")  # 3 others are sent 100 bytes of signs and a scale
       {'metrics': 12.0, 'values': 300.0, 'scale': 12.0}
     """
-    with record_left_dense() as left_dense:
+    params = jax.eval_shape(step.consensus, jax.tree.map(_shape, state))
+    with record_left_dense() as left_dense:  # by an init_fn or an update_fn
+        step.abstract_state(params, _shape(state.key))
         jaxpr = step.trace(state, batch)
     sizes = dict(zip(step.workers.names, step.workers.sizes))
     collectives = tuple(_walk(jaxpr.jaxpr, sizes))
-    leaves = jax.tree.leaves(jax.eval_shape(step.consensus, jax.tree.map(_shape, state)))
-    elements = sum(math.prod(leaf.shape) for leaf in leaves)
+    elements = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
     count, choices = step.workers.count, step.choice_names
     return Traffic(collectives, choices, count, elements, tuple(left_dense))
 

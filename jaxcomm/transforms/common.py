@@ -81,7 +81,7 @@ def mean_left_dense(tree, axis_name: AxisName):
 def log_dense(where: str, leaves: Sequence[str], reason: str) -> None:
     """Logs, once a process, which leaves stay uncompressed and why; no leaves, no line.
 
-    Call it in `update_fn`: the traffic report learns of them while it traces the update.
+    Call it in `init_fn` or `update_fn`: the traffic report learns of them while it traces these.
     """
     note_left_dense(where, leaves, reason)
     if leaves:
