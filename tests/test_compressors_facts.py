@@ -14,7 +14,7 @@ from test_compressors import FAST_COMPILE, TABLE
 
 from jaxcomm import compressors as C
 from jaxcomm.compressors._dct import dct_basis
-from jaxcomm.compressors._select import largest, largest_in_rows, mask_words, positions_of
+from jaxcomm.compressors._select import largest, mask_words, positions_of
 from jaxcomm.compressors._threshold import spread
 from jaxcomm.compressors.base import Compressor
 from jaxcomm.compressors.sparse import kept
@@ -46,15 +46,18 @@ SUMMED = ("identity", "bf16", "sign_block", "top_k", "block_top_k", "rand_k", "q
 def test_decode_sum_is_the_sum_of_decodes(name):
     c, n, size = TABLE[name], 3, 73
 
+    weights = jnp.array([1.0, 0.5, -2.0])
+
     @functools.partial(jax.jit, compiler_options=FAST_COMPILE)
-    def both(x, keys):
+    def sums(x, keys):
         payloads = jax.vmap(c.encode)(x, keys)
         decoded = jax.vmap(lambda p: c.decode(p, size))(payloads)
-        return c.decode_sum(payloads, size), decoded.sum(0)
+        ours = c.decode_sum(payloads, size), c.decode_sum(payloads, size, weights)
+        return ours, (decoded.sum(0), (weights[:, None] * decoded).sum(0))
 
     keys = jax.random.split(jax.random.key(0), n)
-    total, expected = both(gaussian(n * size).reshape(n, size), keys)
-    np.testing.assert_allclose(total, expected, rtol=2e-6, atol=2e-6)
+    ours, expected = sums(gaussian(n * size).reshape(n, size), keys)
+    np.testing.assert_allclose(ours, expected, rtol=2e-6, atol=4e-6)
 
 
 def test_decode_sum_of_many_workers():
@@ -250,7 +253,7 @@ class TestSelection:
     @pytest.mark.parametrize("k", [1, 5, 30])
     def test_rows(self, k):
         x = self.example((40, 100))
-        where = jax.jit(largest_in_rows, static_argnums=1)(x, k)
+        where = jax.jit(largest, static_argnums=1)(x, k)
         np.testing.assert_array_equal(np.sort(where, axis=1), self.expected(x, k))
 
     def test_selection_varies_over_mesh_axes(self):

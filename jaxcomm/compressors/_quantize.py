@@ -195,8 +195,8 @@ def quantize(
 
     Example:
       >>> import jax.numpy as jnp, jaxcomm.compressors as compressors
-      >>> compressors.quantize(4).roundtrip(jnp.array([0.0, 8.0, -4.2])).tolist()
-      [0.0, 8.0, -4.0]
+      >>> compressors.quantize(4).roundtrip(jnp.array([1.0, 8.0, -4.2])).tolist()
+      [1.0, 8.0, -4.0]
 
     References:
       Wang et al., ZeRO++, arXiv 2306.10209; Markov et al., QSDP, arXiv 2302.02390.

@@ -13,8 +13,15 @@ from jax import lax
 from jaxcomm.compressors import packing
 
 
-def largest_in_rows(x: jax.Array, k: int) -> jax.Array:
-    """int32 positions (n, k) of the k largest magnitudes of each row of (n, b)."""
+def largest(x: jax.Array, k: int) -> jax.Array:
+    """int32 positions of the k largest magnitudes of a vector, or of each row of a matrix.
+
+    In no particular order; (k,) or (n, k).
+    """
+    return _in_rows(x, k) if x.ndim == 2 else _in_vector(x, k)
+
+
+def _in_rows(x: jax.Array, k: int) -> jax.Array:
     b = x.shape[1]
     group = 16 if b <= 2048 else 32
     if k * (-(-b // group) + group) > 5 * b:  # measured: beyond this lax.top_k is as fast
@@ -49,8 +56,7 @@ def _by_groups(x: jax.Array, k: int, group: int) -> jax.Array:
     return lax.scan(step, (tops, nothing), None, length=k)[1].T
 
 
-def largest(x: jax.Array, k: int) -> jax.Array:
-    """int32 positions (k,) of the k largest magnitudes of a vector, in no particular order."""
+def _in_vector(x: jax.Array, k: int) -> jax.Array:
     if k == 0 or x.shape[0] <= 4096:
         return lax.top_k(jnp.abs(x), k)[1].astype(jnp.int32)
     pattern = magnitude_bits(x)

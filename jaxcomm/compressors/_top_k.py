@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcomm.compressors import packing
-from jaxcomm.compressors._select import largest, largest_in_rows
+from jaxcomm.compressors._select import largest
 from jaxcomm.compressors.base import Payload
 from jaxcomm.compressors.sparse import Sparsifier, check_fraction_or_k, kept
 
@@ -62,8 +62,8 @@ class BlockTopK(Sparsifier):
         blocks, k, rest, last = self._layout(x.shape[0])
         body, tail = jnp.split(x, [blocks * self.block_size])
         body = body.reshape(blocks, self.block_size)
-        where = largest_in_rows(body, k) if blocks else jnp.zeros((0, k), jnp.int32)
-        where_tail = largest_in_rows(tail[None], last)[0] if rest else jnp.zeros((0,), jnp.int32)
+        where = largest(body, k) if blocks else jnp.zeros((0, k), jnp.int32)
+        where_tail = largest(tail[None], last)[0] if rest else jnp.zeros((0,), jnp.int32)
         values = jnp.take_along_axis(body, where, axis=1).reshape(-1)
         places = jnp.concatenate([where.reshape(-1), where_tail])
         indices = packing.pack(places, self._bits(x.shape[0]))
