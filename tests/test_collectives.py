@@ -385,6 +385,20 @@ def test_conditional_types_agree():
         assert not nothing.any()
 
 
+def test_conditional_refuses_what_would_hang():
+    communicate = lambda x: collectives.all_sum(x, "workers")
+
+    def trace(pred, yes, no):
+        fn = lambda x, name: collectives.cond(pred(x), yes, no, x)
+        jax.eval_shape(over("shard_map", fn), jax.ShapeDtypeStruct((N, 2), jnp.float32))
+
+    with pytest.raises(ValueError, match=r"differs between the workers of axis workers; agree on"):
+        trace(lambda x: x[0] > 3, communicate, lambda x: x)
+    trace(lambda x: collectives.all_max(x, "workers")[0] > 3, communicate, lambda x: x)
+    with pytest.raises(ValueError, match="the branches return different trees"):
+        trace(lambda x: jnp.bool_(True), communicate, lambda x: (x, x))
+
+
 def test_top_k_counts_in_each_chunk():
     """What two_phase_mean's docstring says about sparse codecs."""
     x = np.random.default_rng(0).normal(size=(N, 800)).astype(np.float32)

@@ -50,12 +50,25 @@ def cond(pred: jax.Array, true_fn: Callable, false_fn: Callable, *operands):
 
     Both branches return the same tree of shapes and dtypes; leaves that vary over workers in one
     branch only are typed as varying in both.
+
+    Raises:
+      ValueError: the predicate differs between workers (those that take the branch would wait in
+        its collective for the others, for ever), or the branches return different trees.
     """
+    if differs := axis.varying_axes(pred):
+        raise ValueError(
+            "cond: the predicate differs between the workers of axis "
+            f"{', '.join(sorted(differs))}; agree on one first (collectives.all_max), or choose "
+            "with jnp.where"
+        )
     choices = _choices.get()
     if choices is not None and choices.trace is not axis.current_trace():
         choices = None  # inside somebody else's conditional or loop: nothing may leak out of it
     with record_choices(None):
         types = [jax.eval_shape(fn, *operands) for fn in (true_fn, false_fn)]
+    trees = [jax.tree.structure(kind) for kind in types]
+    if trees[0] != trees[1]:
+        raise ValueError(f"cond: the branches return different trees: {trees[0]} and {trees[1]}")
     name = choices.next_name() if choices is not None else "?"
     names: dict[bool, list[str]] = {}
     if choices is not None:
