@@ -1,5 +1,6 @@
 """When replicas meet, and how."""
 
+from jaxcomm.sync._flasc import flasc
 from jaxcomm.sync._merge import MergeState, lo_fi, single_merge
 from jaxcomm.sync._overlapped import OverlappedState, eager_diloco, overlapped
 from jaxcomm.sync._periodic import PeriodicState, diloco, fed_opt, local_sgd, periodic
@@ -29,6 +30,7 @@ __all__ = [
     "eager_diloco",
     "every",
     "fed_opt",
+    "flasc",
     "lo_fi",
     "local_sgd",
     "overlapped",

@@ -12,6 +12,7 @@ from jaxcomm.transforms._ef21 import EF21State, ef21
 from jaxcomm.transforms._ef21_plus import EF21PlusState, ef21_plus
 from jaxcomm.transforms._error_feedback import ErrorFeedbackState, error_feedback
 from jaxcomm.transforms._just_one_byte import JustOneByte, JustOneByteState, just_one_byte
+from jaxcomm.transforms._lora import LoRA, leaves_named, lora_init, lora_merge, trainable
 from jaxcomm.transforms._one_bit_adam import (
     OneBitAdamState,
     one_bit_adam,
@@ -49,6 +50,7 @@ __all__ = [
     "ErrorFeedbackState",
     "JustOneByte",
     "JustOneByteState",
+    "LoRA",
     "OneBitAdamState",
     "OneBitLambState",
     "PageState",
@@ -74,7 +76,10 @@ __all__ = [
     "ef21_weights",
     "error_feedback",
     "just_one_byte",
+    "leaves_named",
     "local_step_intervals",
+    "lora_init",
+    "lora_merge",
     "majority_vote",
     "one_bit_adam",
     "one_bit_lamb",
@@ -85,6 +90,7 @@ __all__ = [
     "sign_sgd",
     "signum",
     "soft_threshold",
+    "trainable",
     "variance_intervals",
     "zero_one_adam",
 ]
