@@ -144,7 +144,7 @@ def just_one_byte(
         codes = codes.reshape(-1)
         count = jnp.maximum(jnp.sum(codes != ABSENT), 1)
         lr = learning_rate(state.step) if callable(learning_rate) else learning_rate
-        weights = decode_byte(codes, clip) * (-lr / count)
+        weights = decode_byte(codes, clip) * -(jnp.asarray(lr) / count)
 
         def add(total, sample):
             number, weight = sample
