@@ -34,8 +34,9 @@ def _by_groups(x: jax.Array, k: int, group: int) -> jax.Array:
     if b % group:  # zeros at the end lose every tie: they are never taken before all else is
         x = jnp.pad(x, ((0, 0), (0, -b % group)))
     x = x.reshape(n, -1, group)
-    size = lambda v: jnp.where(jnp.isnan(v), jnp.inf, jnp.abs(v))  # NaN is largest
-    tops = size(jnp.abs(x).max(2))
+    # NaN counts as largest. XLA's maximum over rows loses it on CPU, a sum of squares does not.
+    size = lambda v, nan: jnp.where(jnp.isnan(nan), jnp.inf, jnp.abs(v))
+    tops = size(jnp.abs(x).max(2), (x * x).sum(2))
     # Positions are floats (exact below 2^24): XLA reduces floats far faster than integers on CPU.
     groups, places = jnp.arange(tops.shape[1]) * 1.0, jnp.arange(group) * 1.0
     bit = jnp.arange(group, dtype=jnp.uint32)
@@ -45,7 +46,8 @@ def _by_groups(x: jax.Array, k: int, group: int) -> jax.Array:
         best = tops.max(1, keepdims=True)
         first = jnp.where(tops == best, groups, jnp.inf).min(1, keepdims=True)
         at = first.astype(jnp.int32)
-        row = size(jnp.take_along_axis(x, at[:, :, None], axis=1)[:, 0])
+        row = jnp.take_along_axis(x, at[:, :, None], axis=1)[:, 0]
+        row = size(row, row)
         gone = (jnp.take_along_axis(taken, at, axis=1) >> bit) & 1
         row = jnp.where(gone == 1, -1.0, row)
         place = jnp.where(row == best, places, jnp.inf).min(1, keepdims=True)
