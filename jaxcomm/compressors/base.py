@@ -29,7 +29,10 @@ class Compressor(abc.ABC):
 
     @abc.abstractmethod
     def encode(self, x: jax.Array, key: jax.Array | None = None) -> Payload:
-        """Codes a float32 vector of shape (d,); `key` is only needed by random codecs."""
+        """Codes a finite float32 vector of shape (d,); `key` is only needed by random codecs.
+
+        What NaN and infinity decode to is unspecified (a code may hide them): check before.
+        """
 
     @abc.abstractmethod
     def decode(self, payload: Payload, size: int) -> jax.Array:
