@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from absl import app, flags, logging
+from absl import flags
 from jax.experimental import multihost_utils
 from ml_collections import config_flags
 
+from experiments import command_line
 from experiments.config import Config
 from experiments.expressions import evaluate as expression
 from experiments.schedules import learning_rate
@@ -95,7 +96,7 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any]:
             evaluate_every=config.evaluate_every,
         )
         if run.interrupted:
-            logging.info("stopped at step %d by SIGTERM; the state is saved", int(run.state.step))
+            print(f"stopped at step {int(run.state.step)} by SIGTERM; the state is saved")
             sys.exit(128 + 15)
         summary = {
             "steps": config.steps,
@@ -109,6 +110,7 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any]:
             "seconds": run.seconds,
             "skipped": int(run.state.skipped.sum()),
             **_counted(counter),
+            **{k: task.metadata[k] for k in ("unigram_entropy",) if k in task.metadata},
             "task": task.metadata,
             "device": device_arithmetic(),
             "config": config.to_dict(),
@@ -135,7 +137,7 @@ def _finished(config: Config, workdir: str) -> dict[str, Any] | None:
             f"{workdir} holds a finished run of another config (it differs in "
             f"{', '.join(names)}): give another --workdir"
         )
-    logging.info("%s is finished: nothing to do", workdir)
+    print(f"{workdir} is finished: nothing to do")
     return summary
 
 
@@ -199,4 +201,4 @@ if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, "Config file.", lock_config=True)
     flags.DEFINE_string("workdir", None, "Where results go; default runs/<config name>.")
     flags.mark_flag_as_required("config")
-    app.run(main)
+    command_line.run(main)

@@ -1,0 +1,53 @@
+"""What the user got wrong ends a binary with one sentence on stderr and exit code 2.
+
+That is every error of the operating system, and every ValueError that a module of this repository
+raised itself. Anything else is a fault of the program and keeps its traceback.
+"""
+
+import re
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+from absl import app
+
+_ROOT = Path(__file__).resolve().parents[1]
+_OURS = tuple(_ROOT / name for name in ("jaxcomm", "experiments", "configs"))
+
+
+def run(main: Callable[[list[str]], None]) -> None:
+    """`absl.app.run(main)` with errors in one sentence."""
+    try:
+        app.run(main)
+    except (ValueError, OSError, AttributeError) as error:
+        text = sentence(error)
+        if text is None or jax.distributed.is_initialized():  # there others must be told as well
+            raise
+        print(f"error: {text}", file=sys.stderr)
+        sys.exit(2)
+
+
+def sentence(error: Exception) -> str | None:
+    """The error for the user, or None if it is a fault of the program.
+
+    Example:
+      >>> sentence(FileNotFoundError(2, "No such file or directory", "a.bin"))
+      "[Errno 2] No such file or directory: 'a.bin'"
+      >>> sentence(ValueError("raised where nobody knows"))
+    """
+    lines = str(error).strip().splitlines()
+    frames = traceback.extract_tb(error.__traceback__)
+    origin = Path(frames[-1].filename).resolve() if frames else Path()
+    if isinstance(error, AttributeError):  # of a locked ConfigDict, quoted once or twice
+        field = re.match(r"\W*(\w+)", str(error))
+        if origin.name != "config_dict.py" or not field:
+            return None
+        meant = re.search(r'Did you mean "(\w+)"', str(error))
+        hint = f": did you mean {meant[1]!r}?" if meant else ""
+        return f"the config has no field {field[1]!r}{hint}"
+    if isinstance(error, OSError):
+        return lines[-1].strip() if lines else repr(error)
+    ours = any(origin.is_relative_to(package) for package in _OURS)
+    return lines[0] if ours and len(lines) == 1 else None
