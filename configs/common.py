@@ -44,6 +44,8 @@ def digits(argument: str | None = None) -> ml_collections.ConfigDict:
 def lm(argument: str | None = None) -> ml_collections.ConfigDict:
     """Byte-level language model on the standard library's source; 8 workers."""
     config = base("lm", argument)
-    config.learning_rate.peak = 3e-3
-    config.steps = 60 if argument == "smoke" else 600
+    smoke = argument == "smoke"
+    config.learning_rate.peak = 5e-3 if smoke else 3e-3
+    config.learning_rate.warmup_steps = 10 if smoke else 20
+    config.steps = 100 if smoke else 600
     return config
