@@ -77,17 +77,20 @@ def _times_table(rows: list[dict]) -> list[str]:
         "what the counted bytes need on the link, and `codec`: the same program without its",
         "collectives, run by all hosts at the same time (they share this machine's cores).",
         f"The goal is at most {SLOWEST} times the larger of the two. A token bucket lets the first",
-        "0.02 s of bytes after a pause (250 kB at most) pass at once.",
+        "0.02 s of bytes after a pause (250 kB at most) pass at once. XLA on CPU runs collectives",
+        "and computation of one program one after the other, so that their sum is what to expect.",
+        "`load` is how many processes of this machine wanted its cores in the minute before.",
         "",
         "| compressor | exchange | hosts | rate | elements | bytes | bytes / rate | codec "
-        "| seconds | / larger | / sum |",
-        "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+        "| seconds | / larger | / sum | load |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for row in rows:
         ideal, codec, seconds = ideal_seconds(row), row["codec_seconds"], row["seconds"]
         lines.append(
             f"| {row['compressor']} | {row['exchange']} | {row['hosts']} | {row['rate']} "
             f"| {row['elements']:,} | {row['counted_bytes']:,.0f} | {ideal:.3f} | {codec:.3f} "
-            f"| {seconds:.3f} | {time_ratio(row):.2f} | {seconds / (ideal + codec):.2f} |"
+            f"| {seconds:.3f} | {time_ratio(row):.2f} | {seconds / (ideal + codec):.2f} "
+            f"| {row['load']:.1f} |"
         )
     return lines

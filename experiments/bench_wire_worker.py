@@ -23,12 +23,12 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from experiments.bench_wire_cases import Case, compressors, sizes_of
+from experiments.bench_wire_cases import Case, compressors, single, sizes_of
 from jaxcomm.collectives import exchange_bytes, exchange_mean
 from jaxcomm.traffic.alone import without_communication
 from jaxcomm.traffic.count import count
 from jaxcomm.training.distributed import initialize
-from jaxcomm.transforms.common import message_key
+from jaxcomm.transforms.common import message_key, zero_count
 
 LOOPBACK = "/sys/class/net/lo/statistics/tx_bytes"
 REPEATS = 5
@@ -51,6 +51,7 @@ class Row:
     frame_bytes: float | None  # by the token bucket: with the headers of every packet
     seconds: float  # of an exchange, on the host that took longest
     codec_seconds: float  # of the same program without its collectives, all hosts at once
+    load: float  # runnable processes on this machine, the minute's mean, before the case
 
 
 def program(case: Case) -> tuple[Callable, Mesh, dict[str, int]]:
@@ -58,15 +59,15 @@ def program(case: Case) -> tuple[Callable, Mesh, dict[str, int]]:
     axes = sizes_of(case.exchange, jax.device_count())
     kind = (AxisType.Auto,) * len(axes)
     mesh = jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=kind)
-    codec, names = compressors()[case.compressor], tuple(axes)
+    codec = compressors()[case.compressor]
 
     def mean(x):
-        name = names if len(names) > 1 else names[0]
-        key = message_key(0, 0, name, codec)
+        name = single(axes)
+        key = message_key(0, zero_count(), name, codec)
         way = {"exchange": case.exchange, "bucket_bytes": case.bucket_bytes}
         return exchange_mean(x, codec, name, key, **way).mean
 
-    return jax.shard_map(mean, mesh=mesh, in_specs=P(names), out_specs=P()), mesh, axes
+    return jax.shard_map(mean, mesh=mesh, in_specs=P(tuple(axes)), out_specs=P()), mesh, axes
 
 
 def measure(case: Case, rate: str) -> Row:
@@ -81,6 +82,7 @@ def measure(case: Case, rate: str) -> Row:
     mine = jax.device_put(local, jax.local_devices()[0])
     for call, argument in ((run, x), (alone, mine)):
         jax.block_until_ready(call(argument))
+    load = os.getloadavg()[0]
     _meet()
     before = _counters()
     pairs = [(_seconds(run, x), _seconds(alone, mine)) for _ in range(REPEATS)]
@@ -97,19 +99,15 @@ def measure(case: Case, rate: str) -> Row:
         rate=rate,
         payload_bytes=codec.payload_bytes(case.elements),
         formula_bytes=exchange_bytes(
-            case.exchange, codec, case.elements, _workers(axes), case.bucket_bytes
+            case.exchange, codec, case.elements, single(axes.values()), case.bucket_bytes
         ),
         counted_bytes=sum(c.sent_bytes for c in count(fn, x, axis_sizes=axes)),
         counter_bytes=float(counters[0]),
         frame_bytes=float(counters[1]) if len(sent) > 1 else None,
         seconds=statistics.median(slowest[0::2].tolist()),
         codec_seconds=statistics.median(slowest[1::2].tolist()),
+        load=load,
     )
-
-
-def _workers(axes: dict[str, int]) -> int | tuple[int, ...]:
-    sizes = tuple(axes.values())
-    return sizes if len(sizes) > 1 else sizes[0]
 
 
 def _meet() -> None:

@@ -35,6 +35,7 @@ def row(case, hosts, rate="1gbit", **changes):
         "frame_bytes": 1.05 * sent,
         "seconds": 0.2,
         "codec_seconds": 0.01,
+        "load": 4.0,
     }
     return dataclasses.asdict(case) | {"hosts": hosts, "rate": rate} | measured | changes
 
@@ -106,7 +107,7 @@ def test_the_report_tells_ratios_and_times():
     assert "| 1.010 | 1.050 |" in text
     ideal = 8 * late["counted_bytes"] / 1e8
     assert bench_wire_report.time_ratio(late) == 0.3 / ideal
-    assert f"| 0.300 | {0.3 / ideal:.2f} | {0.3 / (ideal + 0.02):.2f} |" in text
+    assert f"| 0.300 | {0.3 / ideal:.2f} | {0.3 / (ideal + 0.02):.2f} | 4.0 |" in text
     assert bench_wire_report.time_ratio(late | {"codec_seconds": 0.6}) == 0.5
 
 
