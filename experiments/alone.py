@@ -40,9 +40,7 @@ def batch_shapes(config: Config, batch, workers: int):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), batch)
 
 
-def traffic_for(
-    config: Config, task: Task, batch, workers: int
-) -> jaxcomm.Traffic:
+def traffic_for(config: Config, task: Task, batch, workers: int) -> jaxcomm.Traffic:
     """The traffic of the config's step with so many workers; `batch` has any number of rows."""
     step = step_for(config, task.loss_fn, workers)
     key = jax.eval_shape(lambda: jax.random.key(0))

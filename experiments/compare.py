@@ -83,9 +83,7 @@ def check_budget(configs: dict[str, Config]) -> None:
                 )
 
 
-def compare(
-    configs: dict[str, Config], seeds: int, workdir: str, command: str = ""
-) -> list[Runs]:
+def compare(configs: dict[str, Config], seeds: int, workdir: str, command: str = "") -> list[Runs]:
     """Runs what is not finished, and writes the report."""
     check_budget(configs)
     path = prepare_workdir(workdir)

@@ -44,9 +44,13 @@ def launch(code, hosts=2, **options):
 
 
 def launcher(code, *options):
-    """The program itself, for signals."""
+    """The program itself, for signals, which a test run in the background would hand on ignored."""
+    unblock = "import signal as s; [s.signal(n, s.SIG_DFL) for n in (s.SIGHUP, s.SIGINT)]; "
+    run = (
+        "import runpy; runpy.run_module('experiments.cluster', run_name='__main__', alter_sys=True)"
+    )
     return subprocess.Popen(
-        [sys.executable, "-m", "experiments.cluster", *options, "--", "-c", code],
+        [sys.executable, "-c", unblock + run, *options, "--", "-c", code],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

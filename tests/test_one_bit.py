@@ -506,7 +506,7 @@ def test_as_the_outer_optimizer_of_local_steps():
     """One bit a coordinate at every third step; parameters meet, and the loss falls."""
     outer = one_bit_adam(0.05, AXIS, freeze_step=2)
     rule = jaxcomm.periodic(outer, every=3)
-    step, state, losses = composition.train(optax.sgd(0.02), steps=12, simulate=4, sync=rule)
+    _step, state, losses = composition.train(optax.sgd(0.02), steps=12, simulate=4, sync=rule)
     assert int(optax.tree.get(state.sync_state, "frozen_at")) == 2
     assert int(state.sync_state.sync_step) == 4
     np.testing.assert_array_equal(state.params["w"][0], state.params["w"][3])

@@ -76,7 +76,7 @@ METHODS = {
     "rand_k": gradient(lambda c: jaxcomm.compressed_average(c, AXIS), jaxcomm.rand_k(0.5)),
     "local_sgd": local(lambda _: jaxcomm.local_sgd(AXIS, 3)),
     "qsr": local(lambda _: jaxcomm.local_sgd(AXIS, QSR, total_steps=STEPS)),
-    "diloco": local(lambda _: jaxcomm.diloco(AXIS, 5), alone=False),
+    "diloco": local(lambda _: jaxcomm.diloco(AXIS, 5, total_steps=STEPS), alone=False),
     "sign_diloco": local(
         lambda c: jaxcomm.periodic(
             optax.chain(jaxcomm.error_feedback(c, AXIS), NESTEROV()), every=3

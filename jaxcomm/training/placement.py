@@ -41,7 +41,7 @@ def infer_places(init: Callable, step: Callable, workers: Workers, *inputs):
     state, places = _trace(init, workers, inputs, (Place.REPLICATED,) * len(inputs))
     while True:
         places, (new_state, new) = _trace_step(step, workers, state, places)
-        _check_same(state, new_state)
+        check_same(state, new_state)
         union = jax.tree.map(lambda a, b: a if a is Place.PER_WORKER else b, places, new)
         if union == places:
             return places, _global(places, state, workers)
@@ -124,7 +124,8 @@ def _global(places, state, workers: Workers):
     return jax.tree.map(leaf, places, state)
 
 
-def _check_same(old, new) -> None:
+def check_same(old, new) -> None:
+    """Raises a ValueError if the structure, a shape or a dtype of the state has changed."""
     if jax.tree.structure(old) != jax.tree.structure(new):
         raise ValueError(
             "the update changes the structure of the state: "

@@ -27,7 +27,7 @@ from jaxcomm.collectives.conditional import Choices, record_choices
 from jaxcomm.sync._rule import SyncRule
 from jaxcomm.traffic.count import count
 from jaxcomm.traffic.ledger import METRICS, UNMETERED
-from jaxcomm.training.placement import OWN_CONDITIONAL, infer_places
+from jaxcomm.training.placement import OWN_CONDITIONAL, check_same, infer_places
 from jaxcomm.training.workers import Place, Workers
 
 
@@ -98,6 +98,7 @@ class TrainStep:
             grads, state.opt_state, state.params, value=metrics["loss"]
         )
         params = optax.apply_updates(state.params, updates)
+        check_same(state, state._replace(params=params, opt_state=opt_state))
         params, opt_state = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old),
             (params, opt_state),
