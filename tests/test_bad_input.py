@@ -1,0 +1,282 @@
+"""Bad input: every mistake gets one sentence that names the argument, the rule and the value."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from common import AXIS, batch, loss_fn, mesh, tree
+
+import jaxcomm
+
+ROOT = Path(__file__).parents[1]
+KEY = jax.random.key(0)
+MEAN = jaxcomm.average(AXIS)
+
+
+def start(tx=None, data=None, *, axis_name=AXIS, params=None, loss=loss_fn, sync=None, **way):
+    """Builds a step, its state, and takes one step."""
+    tx = optax.chain(MEAN, optax.sgd(0.1)) if tx is None else tx
+    way = way or {"simulate": 4}
+    step = jaxcomm.make_train_step(loss, tx, axis_name=axis_name, sync=sync, **way)
+    state = step.init(tree() if params is None else params, KEY)
+    return step(state, batch(0) if data is None else data)
+
+
+def growing(change):
+    """A transform whose state is not the same after an update."""
+    init = lambda params: {"count": jnp.zeros((), jnp.int32)}
+    return optax.GradientTransformation(init, lambda u, s, p=None: (u, change(s)))
+
+
+def chain(first):
+    return optax.chain(first, optax.sgd(0.1))
+
+
+ERRORS = {
+    # axes
+    "axis not bound": (
+        lambda: start(chain(jaxcomm.average("nodes"))),
+        r"axis_name='nodes' is not bound here \(axes in scope: 'workers'\)",
+    ),
+    "axis not bound outside": (
+        lambda: MEAN.update(tree(), MEAN.init(tree())),
+        r"'workers' is not bound here \(axes in scope: none\)",
+    ),
+    "axis not in the mesh": (
+        lambda: start(mesh=mesh(4, ("data",))),
+        "axis_name='workers' is not an axis of the mesh, whose axes are 'data'",
+    ),
+    "one axis for a pair": (
+        lambda: start(axis_name=("pods", "hosts"), simulate=4),
+        r"axes \('pods', 'hosts'\) cannot have the sizes \(4,\)",
+    ),
+    "no workers": (lambda: start(simulate=0), r"cannot have the sizes \(0,\)"),
+    "two ways": (lambda: start(simulate=2, pmap=2), "only one of mesh=, simulate= and pmap="),
+    "more than there are devices": (lambda: start(pmap=99), "at most 8 workers"),
+    # batches
+    "batch not divisible": (
+        lambda: start(data=batch(0, rows=10)),
+        r"batch leaf \"\['x'\]\" has 10 rows, which 4 workers do not divide",
+    ),
+    "batch of scalars": (lambda: start(data={"x": 1.0}), "has no axis 0 rows"),
+    # compressors
+    "k larger than d": (
+        lambda: start(chain(jaxcomm.ef21(jaxcomm.top_k(k=25), AXIS))),
+        "k must be at most the vector's size, got k=25 for size 24",
+    ),
+    "fraction above 1": (
+        lambda: jaxcomm.top_k(1.5),
+        r"top_k: fraction must be in \(0, 1\], got 1.5",
+    ),
+    "fraction 0": (lambda: jaxcomm.top_k(0.0), r"fraction must be in \(0, 1\], got 0.0"),
+    "fraction NaN": (lambda: jaxcomm.rand_k(float("nan")), r"rand_k: fraction must be in \(0, 1\]"),
+    "negative k": (lambda: jaxcomm.block_top_k(k=-1), "k must be at least 1, got -1"),
+    "fraction and k": (lambda: jaxcomm.top_k(0.1, k=3), "exactly one of fraction and k"),
+    # confused arguments
+    "arguments swapped": (
+        lambda: jaxcomm.ef21("workers", jaxcomm.top_k(0.1)),
+        "ef21: compressor must be a jaxcomm compressor such as top_k.*got 'workers'",
+    ),
+    "factory, not compressor": (
+        lambda: jaxcomm.error_feedback(jaxcomm.top_k, AXIS),
+        "error_feedback: compressor must be a jaxcomm compressor",
+    ),
+    "a number for a compressor": (
+        lambda: jaxcomm.compressed_average(0.01, AXIS),
+        "compressed_average: compressor must be.*got 0.01",
+    ),
+    "unknown exchange": (
+        lambda: jaxcomm.error_feedback(jaxcomm.sign(), AXIS, exchange="star"),
+        r"exchange must be one of \('gather', 'two_phase'.*\), got 'star'",
+    ),
+    "decay above 1": (
+        lambda: jaxcomm.error_feedback(jaxcomm.sign(), AXIS, decay=1.5),
+        r"decay must be in \[0, 1\], got 1.5",
+    ),
+    "momentum 0": (
+        lambda: jaxcomm.ef21(jaxcomm.top_k(0.1), AXIS, momentum=0.0),
+        r"ef21: momentum must be in \(0, 1\], got 0.0",
+    ),
+    "integer parameters": (
+        lambda: start(
+            chain(jaxcomm.ef21(jaxcomm.top_k(0.5), AXIS)),
+            params={"w": jnp.ones(3), "n": jnp.arange(3)},
+            loss=lambda p, b, k: jnp.sum(p["w"]),
+        ),
+        r"only floating-point leaves can be exchanged, got int32 at \['n'\]; leave it out",
+    ),
+    # chains
+    "structure changes": (
+        lambda: start(optax.chain(growing(lambda s: {**s, "more": s["count"]}), MEAN)),
+        "changes the structure of the state",
+    ),
+    "dtype changes": (
+        lambda: start(optax.chain(growing(lambda s: {"count": s["count"] + 0.5}), MEAN)),
+        r"changes state leaf .*count.* from int32\[\] to float32\[\]",
+    ),
+    "shape changes": (
+        lambda: start(optax.chain(growing(lambda s: {"count": s["count"][None]}), MEAN)),
+        r"changes state leaf .*count.* from int32\[\] to int32\[1\]",
+    ),
+    "nothing communicates": (
+        lambda: start(optax.adam(0.1)),
+        r"tx does not communicate.*put jaxcomm.average\('workers'\) first.*or pass sync=",
+    ),
+    "only a scalar in the loss communicates": (
+        lambda: start(optax.sgd(0.1), loss=lambda p, b, k: jax.lax.pmean(loss_fn(p, b, k), AXIS)),
+        "tx does not communicate",
+    ),
+    "accumulation around the exchange": (
+        lambda: start(optax.MultiSteps(chain(MEAN), 2).gradient_transformation()),
+        "holds a jaxcomm transform inside a lax.cond of its own, as optax.MultiSteps",
+    ),
+    "a decision of one worker around the exchange": (
+        lambda: start(optax.apply_if_finite(chain(MEAN), 3)),
+        "holds a jaxcomm transform inside a lax.cond of its own",
+    ),
+    # losses
+    "vector loss": (
+        lambda: start(loss=lambda p, b, k: b["x"][:, 0] * p["scale"]),
+        r"loss_fn must return a scalar loss, got shape \(4,\)",
+    ),
+    # schedules
+    "round of no steps": (lambda: jaxcomm.local_sgd(AXIS, 0), "needs at least one step"),
+    "round of half a step": (lambda: jaxcomm.every(0), "at least one step, got h=0"),
+    "endless round": (
+        lambda: jaxcomm.qsr(optax.linear_schedule(0.0, 0.1, 10), alpha=0.01, h_base=2),
+        "learning rate at step 0 is 0.0.*set warmup_steps",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_one_sentence(name):
+    call, match = ERRORS[name]
+    with pytest.raises((ValueError, TypeError), match=match) as error:
+        call()
+    assert "\n" not in str(error.value).strip()
+
+
+def test_a_state_that_changes_between_meetings_is_refused_too():
+    with pytest.raises(ValueError, match="changes the structure of the state"):
+        start(growing(lambda s: {**s, "more": s["count"]}), sync=jaxcomm.local_sgd(AXIS, 2))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_loss_that_is_not_finite_skips_the_step_for_all(bad):
+    """Even where the gradients are finite: one worker's loss is infinite by its data alone."""
+    step = jaxcomm.make_train_step(
+        lambda p, b, k: loss_fn(p, b, k) + b["offset"][0],
+        chain(jaxcomm.ef21(jaxcomm.top_k(0.2), AXIS)),
+        axis_name=AXIS,
+        simulate=4,
+    )
+    offset = np.zeros(4, np.float32)
+    offset[2] = bad
+    state = step.init(tree(), KEY)
+    before = jax.tree.map(np.asarray, (state.params, state.opt_state))
+    state, metrics = step(state, {**batch(0), "offset": offset})
+    after = jax.tree.map(np.asarray, (state.params, state.opt_state))
+    jax.tree.map(np.testing.assert_array_equal, before, after)
+    assert (int(metrics["skipped"]), int(state.step)) == (1, 1)
+    state, metrics = step(state, {**batch(1), "offset": np.zeros(4, np.float32)})
+    assert (int(metrics["skipped"]), int(state.step)) == (1, 2)
+    assert not np.array_equal(state.params["w"], before[0]["w"])
+
+
+# The command line: exit code 2 and one sentence on stderr, without a traceback.
+
+SMOKE = ["--config=configs/digits_ef21.py:smoke", "--config.task.model.kind=mlp"]
+COMMANDS = {
+    "unknown key": (["--config.foo=1"], "the config has no field 'foo'"),
+    "misspelt key": (["--config.learning_rate.peek=1.0"], "no field 'peek': did you mean 'peak'?"),
+    "unknown task key": (["--config.task.model.depth=3"], "the config has no field 'depth'"),
+    "batch": (["--config.batch_size=63"], "config.batch_size=63 is not divisible by .*workers=4"),
+    "mode": (["--config.mode=fast"], "config.mode must be one of devices, .*got 'fast'"),
+    "devices": (
+        ["--config.workers=64", "--config.batch_size=64"],
+        "config.workers=64 does not fit 4 devices.*--config.mode=simulate",
+    ),
+    "decay": (["--config.learning_rate.decay=linear"], "decay must be 'cosine' or .*got 'linear'"),
+    "warm-up": (["--config.steps=2"], "warmup_steps must be in .*config.steps=2"),
+    "data path": (
+        ["--config=configs/lm_ef21.py:smoke", "--config.task.data_path=/no/such/file.txt"],
+        "/no/such/file.txt",
+    ),
+    "no config file": (["--config=configs/nothing.py"], "No such file.*configs/nothing.py"),
+    "ratio": (["--config.tx=ef21(top_k(1.5), axis_name)"], "config.tx = .*top_k: fraction must be"),
+    "k": (
+        ["--config.tx=chain(ef21(top_k(k=10**6), axis_name))"],
+        "config.tx = .*there is no 'chain'",
+    ),
+    "large k": (
+        ["--config.tx=optax.chain(ef21(top_k(k=10**6), axis_name))"],
+        "k must be at most the vector's size, got k=1000000",
+    ),
+    "axis": (
+        ["--config.tx=optax.chain(average('nodes'), optax.sgd(0.1))"],
+        "axis_name='nodes' is not bound here",
+    ),
+    "no exchange": (["--config.tx=optax.sgd(0.1)"], "tx does not communicate"),
+    "arbitrary code": (
+        ["--config.tx=__import__('os').system('true')"],
+        "there is no '__import__'",
+    ),
+    "not an expression": (["--config.tx=optax.chain("], "config.tx is not an expression"),
+    "workdir": (["--workdir=README.md/run"], "cannot write to workdir .*Not a directory"),
+}
+# runs every command in a child process of one that has imported everything
+DRIVER = """
+import json, os, runpy, sys
+import experiments.train, sklearn.datasets
+for name, argv in json.load(sys.stdin).items():
+    sys.stdout.flush()
+    child = os.fork()
+    if not child:
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT), 2)
+        sys.argv = ["experiments.train", *argv]
+        runpy.run_module("experiments.train", run_name="__main__")
+        os._exit(0)
+    print(name, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory):
+    """Exit code and stderr of every command."""
+    folder = tmp_path_factory.mktemp("commands")
+    argv = {
+        str(folder / name): [f"--workdir={folder}/run", *arguments]
+        if "--config=" in arguments[0]
+        else [*SMOKE, f"--workdir={folder}/run", *arguments]
+        for name, (arguments, _) in COMMANDS.items()
+    }
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", DRIVER],
+        input=json.dumps(argv),
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "4"},
+        check=True,
+    )
+    codes = dict(line.rsplit(" ", 1) for line in result.stdout.splitlines() if str(folder) in line)
+    return {n: (int(codes[str(folder / n)]), (folder / n).read_text()) for n in COMMANDS}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_command_line_says_it_in_one_sentence(name, ended):
+    code, stderr = ended[name]
+    *others, last = stderr.strip().splitlines()
+    assert last.startswith("error: ")
+    assert re.search(COMMANDS[name][1], last), last
+    assert code == 2
+    assert "Traceback" not in stderr, others
