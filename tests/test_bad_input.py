@@ -15,6 +15,9 @@ import pytest
 from common import AXIS, batch, loss_fn, mesh, tree
 
 import jaxcomm
+from configs import digits_ef21
+from experiments.command_line import sentence
+from experiments.train import train_and_evaluate
 
 ROOT = Path(__file__).parents[1]
 KEY = jax.random.key(0)
@@ -198,39 +201,17 @@ SMOKE = ["--config=configs/digits_ef21.py:smoke", "--config.task.model.kind=mlp"
 COMMANDS = {
     "unknown key": (["--config.foo=1"], "the config has no field 'foo'"),
     "misspelt key": (["--config.learning_rate.peek=1.0"], "no field 'peek': did you mean 'peak'?"),
-    "unknown task key": (["--config.task.model.depth=3"], "the config has no field 'depth'"),
     "batch": (["--config.batch_size=63"], "config.batch_size=63 is not divisible by .*workers=4"),
-    "mode": (["--config.mode=fast"], "config.mode must be one of devices, .*got 'fast'"),
-    "devices": (
-        ["--config.workers=64", "--config.batch_size=64"],
-        "config.workers=64 does not fit 4 devices.*--config.mode=simulate",
-    ),
-    "decay": (["--config.learning_rate.decay=linear"], "decay must be 'cosine' or .*got 'linear'"),
-    "warm-up": (["--config.steps=2"], "warmup_steps must be in .*config.steps=2"),
     "data path": (
         ["--config=configs/lm_ef21.py:smoke", "--config.task.data_path=/no/such/file.txt"],
         "/no/such/file.txt",
     ),
     "no config file": (["--config=configs/nothing.py"], "No such file.*configs/nothing.py"),
     "ratio": (["--config.tx=ef21(top_k(1.5), axis_name)"], "config.tx = .*top_k: fraction must be"),
-    "k": (
-        ["--config.tx=chain(ef21(top_k(k=10**6), axis_name))"],
-        "config.tx = .*there is no 'chain'",
-    ),
-    "large k": (
-        ["--config.tx=optax.chain(ef21(top_k(k=10**6), axis_name))"],
-        "k must be at most the vector's size, got k=1000000",
-    ),
     "axis": (
         ["--config.tx=optax.chain(average('nodes'), optax.sgd(0.1))"],
         "axis_name='nodes' is not bound here",
     ),
-    "no exchange": (["--config.tx=optax.sgd(0.1)"], "tx does not communicate"),
-    "arbitrary code": (
-        ["--config.tx=__import__('os').system('true')"],
-        "there is no '__import__'",
-    ),
-    "not an expression": (["--config.tx=optax.chain("], "config.tx is not an expression"),
     "workdir": (["--workdir=README.md/run"], "cannot write to workdir .*Not a directory"),
 }
 # runs every command in a child process of one that has imported everything
@@ -280,3 +261,49 @@ def test_the_command_line_says_it_in_one_sentence(name, ended):
     assert re.search(COMMANDS[name][1], last), last
     assert code == 2
     assert "Traceback" not in stderr, others
+
+
+# Fields of a config, without a process of their own.
+
+FIELDS = {
+    "mode": ({"mode": "fast"}, "config.mode must be one of devices, .*got 'fast'"),
+    "devices": (
+        {"workers": 64},
+        "config.workers=64 does not fit 8 devices.*--config.mode=simulate",
+    ),
+    "decay": ({"learning_rate": {"decay": "linear"}}, "decay must be 'cosine' or .*got 'linear'"),
+    "warm-up": ({"steps": 2}, "warmup_steps must be in .*config.steps=2"),
+    "unknown name": ({"tx": "chain(average(axis_name))"}, "config.tx = .*there is no 'chain'"),
+    "unknown optimizer": ({"tx": "optax.sgdd(0.1)"}, "there is no optax.sgdd"),
+    "swapped": ({"tx": "ef21(axis_name, top_k(0.1))"}, "config.tx = .*compressor must be"),
+    "no exchange": ({"tx": "optax.sgd(learning_rate)"}, "tx does not communicate"),
+    "large k": (
+        {"tx": "optax.chain(ef21(top_k(k=10**6), axis_name))"},
+        "k must be at most the vector's size, got k=1000000",
+    ),
+    "arbitrary code": ({"tx": "__import__('os').system('true')"}, "there is no '__import__'"),
+    "a private name": ({"tx": "optax._src"}, "not allowed in a config expression"),
+    "not an expression": ({"tx": "optax.chain("}, "config.tx is not an expression"),
+    "no rule": ({"sync": "local_sgd(axis_name, 0)"}, "config.sync = .*at least one step"),
+}
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_a_config_that_cannot_be_is_refused(name, tmp_path):
+    fields, match = FIELDS[name]
+    config = digits_ef21.get_config("smoke")
+    config.task.model.kind = "mlp"
+    config.update(fields)
+    with pytest.raises(ValueError, match=match) as error:
+        train_and_evaluate(config, str(tmp_path))
+    assert sentence(error.value) == str(error.value)  # as the command line shows it
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_faults_of_the_program_keep_their_traceback():
+    with pytest.raises(ValueError) as error:
+        np.zeros(3).reshape(2)
+    assert sentence(error.value) is None
+    with pytest.raises(AttributeError) as error:
+        np.zeros(3).nothing  # noqa: B018
+    assert sentence(error.value) is None

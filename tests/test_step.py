@@ -87,6 +87,7 @@ METHODS = {
     ),
 }
 QUICK = {"average", "sign", "sign_two_phase", "ef21", "trace_ef21", "local_sgd", "qsr", "diloco"}
+QUICK_BFLOAT16 = {"sign_two_phase", "ef21", "local_sgd"}
 WAYS = {"devices": {}, "pmap": {"pmap": N}, "simulate": {"simulate": N}}
 
 
@@ -142,8 +143,17 @@ def trajectory(name, way, dtype) -> Run:
     return Run(step, states, metrics, traces)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@METHOD
+def with_dtypes(names):
+    """(method, dtype), slow but for the quick ones; bfloat16 quick only for those named."""
+    quick = [(name, "float32") for name in QUICK] + [(name, "bfloat16") for name in names]
+    cases = [(name, dtype) for name in METHODS for dtype in TOLERANCE]
+    slow = lambda case: () if case in quick else pytest.mark.slow
+    return pytest.mark.parametrize(
+        ("name", "dtype"), [pytest.param(*case, marks=slow(case)) for case in cases]
+    )
+
+
+@with_dtypes(QUICK_BFLOAT16)
 def test_simulated_workers_follow_the_real_ones(name, dtype):
     real, simulated = (trajectory(name, way, dtype) for way in ("devices", "simulate"))
     reached = max(map(distance, real.states, simulated.states))
@@ -152,11 +162,7 @@ def test_simulated_workers_follow_the_real_ones(name, dtype):
     check_metrics(real, simulated)
 
 
-SLOW_DTYPE = pytest.param("bfloat16", marks=pytest.mark.slow)
-
-
-@pytest.mark.parametrize("dtype", ["float32", SLOW_DTYPE])
-@METHOD
+@with_dtypes(())
 def test_pmap_is_shard_map_to_the_last_bit(name, dtype):
     one, other = (trajectory(name, way, dtype) for way in ("devices", "pmap"))
     assert all(map(same, one.states, other.states))
@@ -173,7 +179,8 @@ def check_metrics(one, other):
 @pytest.mark.parametrize("way", WAYS)
 @METHOD
 def test_shapes_and_dtypes_stay_and_nothing_is_traced_again(name, way):
-    for dtype in ("float32",) if way == "pmap" else TOLERANCE:
+    quick = way != "pmap" and name in QUICK_BFLOAT16
+    for dtype in TOLERANCE if quick else ("float32",):
         found = trajectory(name, way, dtype)
         assert all(kinds(s) == kinds(found.states[0]) for s in found.states)
         assert all(x.dtype == dtype for x in jax.tree.leaves(found.states[-1].params))
@@ -236,6 +243,7 @@ def test_collectives_are_conditional_only_for_sync_rules(name):
 
 
 KEY = jax.random.key(0)
+GRADIENT_OF_LOSS = jax.jit(jax.grad(loss_fn))
 
 
 @rows(lambda method: method.dense and method.codec)
@@ -253,21 +261,16 @@ def test_one_worker_is_plain_optax(name):
     method = METHODS[name]
     step = make(method, jaxcomm.identity() if method.codec else None, simulate=1)
     states, _ = run(step, 6)
-    mine = [step.consensus(s._replace(key=KEY)) for s in states]
+    alone = lambda x: x[0] if method.sync else x  # of the leading worker axis
+    mine = [jax.tree.map(alone, s.params) for s in states]
     tx, params = method.alone(), tree()
     state = tx.init(params)
-
-    @jax.jit
-    def plain(params, state, data):
-        grads = jax.grad(loss_fn)(params, data, None)
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
-
     theirs = [params]
     for i in range(6):
-        params, state = plain(params, state, batch(i))
+        updates, state = tx.update(GRADIENT_OF_LOSS(params, batch(i), None), state, params)
+        params = optax.apply_updates(params, updates)
         theirs.append(params)
-    assert distance(host(mine), host(theirs)) < 2e-6
+    assert distance(mine, host(theirs)) < 2e-6
 
 
 # What does not depend on the method.
@@ -311,44 +314,40 @@ def test_keys_differ_by_worker_and_step_and_agree_between_the_ways():
 
 def test_raw_keys_are_as_good_as_typed_ones():
     step = jaxcomm.make_train_step(loss_fn, TX, axis_name=AXIS, simulate=2)
-    typed, raw = (run(step, 2, key=k)[0] for k in (jax.random.key(5), jax.random.PRNGKey(5)))
-    assert all(map(same, typed, raw))
+    typed, raw = (step.init(tree(), make(5)) for make in (jax.random.key, jax.random.PRNGKey))
+    assert same(host(typed), host(raw))
 
 
-@pytest.mark.parametrize("tx", ["two_phase", "rand_k"])
-def test_two_axes_are_one_axis_of_their_product(tx):
+def test_two_axes_are_one_axis_of_their_product():
+    """In both hops of a random codec: the order of workers, chunks and keys is row-major."""
     names, found = ("pods", "hosts"), []
-
-    def chain(axis_name):
-        codec, kind = jaxcomm.sign(), {"exchange": "two_phase"}
-        if tx == "rand_k":
-            return optax.chain(
-                jaxcomm.compressed_average(jaxcomm.natural(), axis_name), optax.sgd(0.05)
-            )
-        return optax.chain(jaxcomm.error_feedback(codec, axis_name, **kind), optax.sgd(0.05))
-
+    codec = jaxcomm.quantize(bits=4, block_size=8, rounding="stochastic")
     for axis_name, way in [
         (AXIS, {"mesh": mesh(8)}),
         (names, {"mesh": mesh((2, 4), names)}),
         (names, {"simulate": (2, 4)}),
     ]:
-        step = jaxcomm.make_train_step(loss_fn, chain(axis_name), axis_name=axis_name, **way)
+        middle = jaxcomm.error_feedback(codec, axis_name, exchange="two_phase")
+        tx = optax.chain(middle, optax.sgd(0.05))
+        step = jaxcomm.make_train_step(loss_fn, tx, axis_name=axis_name, **way)
         found.append(run(step, 4)[0])
     assert all(map(same, found[0], found[1]))
     assert max(map(distance, found[0], found[2])) <= TOLERANCE["float32"]
 
 
 def test_other_axes_of_the_mesh_are_left_alone():
-    wide = jaxcomm.make_train_step(loss_fn, TX, axis_name=AXIS, mesh=mesh((4, 2), (AXIS, "model")))
-    narrow = jaxcomm.make_train_step(loss_fn, TX, axis_name=AXIS, mesh=mesh(4))
-    assert max(map(distance, run(wide, 3)[0], run(narrow, 3)[0])) <= TOLERANCE["float32"]
+    step = make(METHODS["sign_two_phase"], mesh=mesh((8, 1), (AXIS, "model")))
+    states, _ = run(step, 3, key=jax.random.key(3))
+    assert all(map(same, states, trajectory("sign_two_phase", "devices", "float32").states))
+    pair = make(METHODS["average"], mesh=mesh((2, 2), ("model", AXIS)))
+    assert int(run(pair, 1)[0][-1].step) == 1
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_the_callers_arrays_survive_and_states_are_donated(way):
     params, key = tree(), jax.random.key(1)
     before = host(params)
-    step = jaxcomm.make_train_step(loss_fn, TX, axis_name=AXIS, **WAYS[way])
+    step = trajectory("ef21", way, "float32").step
     first = step.init(params, key)
     state, _ = step(first, batch(0))
     step(state, batch(1))
@@ -394,20 +393,22 @@ def test_a_state_of_another_step_is_refused():
 @pytest.mark.parametrize("name", ["ef21", "local_sgd"])
 def test_many_seeds_in_one_program(name):
     """A simulated run is a pure function: under vmap over seeds, inside jit and scan."""
-    step = make(METHODS[name], simulate=4)
+    step = make(METHODS[name], simulate=N)
     data = jax.tree.map(lambda *x: jnp.stack(x), *(batch(i) for i in range(4)))
 
     def train(seed):
         state = step.init(tree(), jax.random.key(seed))
         state, metrics = jax.lax.scan(step, state, data)
-        return step.consensus(state), metrics["loss"], metrics["skipped"]
+        return state.params, step.consensus(state), metrics["loss"], metrics["skipped"]
 
-    params, losses, skipped = jax.jit(jax.vmap(train))(jnp.arange(3))
-    states, metrics = run(make(METHODS[name], simulate=4), 4)
-    one = step.consensus(states[-1]._replace(key=KEY))
+    params, consensus, losses, skipped = jax.jit(jax.vmap(train))(jnp.arange(3))
+    one = trajectory(name, "simulate", "float32")
     for i in range(3):  # this loss draws nothing: all seeds are the same run
-        assert distance(host(jax.tree.map(lambda x, i=i: x[i], params)), host(one)) < 1e-5
-        np.testing.assert_allclose(losses[i], [m["loss"] for m in metrics], rtol=1e-5)
+        mine = host(jax.tree.map(lambda x, i=i: x[i], params))
+        assert distance(mine, one.states[4].params) < 1e-5
+        np.testing.assert_allclose(losses[i], [m["loss"] for m in one.metrics[:4]], rtol=1e-5)
+        mean = jax.tree.map(lambda x: x.mean(0), mine) if METHODS[name].sync else mine
+        assert distance(host(jax.tree.map(lambda x, i=i: x[i], consensus)), mean) < 1e-6
     assert not skipped.any()
 
 

@@ -22,7 +22,7 @@ from jaxcomm.training.checkpoint import Checkpointer
 from jaxcomm.training.step import TrainStep
 
 ROOT = Path(__file__).parents[1]
-QUICK = {"digits_ef21", "digits_local_sgd"}
+QUICK = {"digits_ef21"}  # the kills below are of two quick ones as well
 LONG = {"lm_ef21", "lm_qsr"}  # tested for what they learn
 STEPS = 40
 
