@@ -18,6 +18,7 @@ from common import host, same
 import configs
 from experiments.tasks import make_task
 from experiments.train import make_step, train_and_evaluate
+from jaxcomm.traffic import traffic
 from jaxcomm.training.checkpoint import Checkpointer
 from jaxcomm.training.step import TrainStep
 
@@ -68,7 +69,9 @@ def test_smoke(name, tmp_path, capsys):
     config.learning_rate.warmup_steps = 2
     summary = train_and_evaluate(config, str(tmp_path))
     check_outputs(config, tmp_path, summary)
+    check_bytes(config, rows(tmp_path))
     assert [r["step"] for r in rows(tmp_path)] == [4, 5, 8, 10]
+    assert [r["step"] for r in rows(tmp_path) if "validation_loss" in r] == [5, 10]
     # started again, it does nothing
     before = files(tmp_path)
     again = train_and_evaluate(config, str(tmp_path))
@@ -87,7 +90,7 @@ def check_outputs(config, workdir, summary):
     assert stored["device"]["platform"] == jax.devices()[0].platform
     assert stored["config"]["tx"] == config.tx
     assert stored["config"]["learning_rate"]["peak"] == config.learning_rate.peak
-    logged = [row for row in rows(workdir) if "loss" in row]
+    logged = rows(workdir)
     for row in logged:
         assert {"step", "loss", "sent_bytes", "seconds", "sync_step"} <= row.keys()
     for field in ("sent_bytes", "seconds", "sync_step", "step"):
@@ -96,6 +99,19 @@ def check_outputs(config, workdir, summary):
     assert logged[-1]["sent_bytes"] == stored["sent_bytes"] > 0
     assert Checkpointer(workdir / "checkpoints").latest() == config.steps
     assert list((workdir / "tensorboard").iterdir())
+
+
+def check_bytes(config, logged):
+    """sent_bytes is the count of the traced program, and no figure of the binary's own."""
+    task, key = make_task(config), jax.random.key(0)
+    step = make_step(config, task.loss_fn)
+    state = step.abstract_state(jax.eval_shape(task.init, key), key)
+    report = traffic(step, state, next(task.train_iterator(config.batch_size, 0)))
+    for row in logged:
+        low, high = report.smallest_step_bytes, report.largest_step_bytes
+        assert row["step"] * low <= row["sent_bytes"] <= row["step"] * high
+        if not report.choices:
+            assert row["sent_bytes"] == row["step"] * report.every_step_bytes
 
 
 @pytest.mark.slow

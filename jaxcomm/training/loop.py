@@ -81,17 +81,17 @@ def train_loop(
             state, metrics = step(state, batch)
             done += 1
             account.add(metrics)
-            if not started:
-                jax.block_until_ready(metrics)  # the clock starts when the first step has ended
+            last = done == steps
+            evaluating = evaluate_every and done % evaluate_every == 0
+            logging = last or evaluating or done % log_every == 0
+            if logging or not started:  # the clock starts when the first step has ended
+                jax.block_until_ready(metrics)
                 started = True
             seconds = clock()
-            last = done == steps
-            values = {}
-            if done % log_every == 0 or last:
+            if logging:
                 values = _line(metrics, state, account, seconds)
-            if evaluate and evaluate_every and done % evaluate_every == 0:
-                values |= evaluate(step.consensus(state))
-            if values:
+                if evaluate and evaluating:
+                    values |= evaluate(step.consensus(state))
                 logger.log(done, values)
             stopping = stop.requested(done)
             if last or stopping or (checkpoint_every and done % checkpoint_every == 0):
