@@ -6,7 +6,7 @@ the tree's order, layers of one kind that of their numbers; U units go to P frag
 
     strided     unit j to fragment j mod P
     sequential  unit j to fragment floor(j P / U)
-    balanced    the largest unit left to the fragment that has the fewest bytes
+    balanced    the largest unit left to the fragment that has the fewest elements
 """
 
 import math
@@ -93,7 +93,7 @@ def _in_order(units: list[str]) -> list[str]:
 def _balanced(order, units, leaves, fragments: int) -> dict[str, int]:
     size = dict.fromkeys(order, 0)
     for unit, leaf in zip(units, leaves):
-        size[unit] += math.prod(jnp.shape(leaf)) * jnp.result_type(leaf).itemsize
+        size[unit] += math.prod(jnp.shape(leaf))  # messages are coded from float32
     total, fragment_of = [0] * fragments, {}
     for unit in sorted(order, key=lambda unit: -size[unit]):
         lightest = total.index(min(total))

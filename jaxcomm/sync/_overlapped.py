@@ -22,7 +22,14 @@ import optax
 from jaxcomm.collectives import AxisName, cond, mean, size
 from jaxcomm.sync._outer import check_communication, check_optimizer
 from jaxcomm.sync._periodic import is_due
-from jaxcomm.sync._rule import SyncRule, adopt, check_replicated, displacement, float32
+from jaxcomm.sync._rule import (
+    Background,
+    SyncRule,
+    adopt,
+    check_replicated,
+    displacement,
+    float32,
+)
 from jaxcomm.sync._schedules import Schedule, as_schedule, check_total_steps, round_end
 from jaxcomm.transforms._average import average
 from jaxcomm.transforms.common import Communication
@@ -89,34 +96,68 @@ def overlapped(
             sync_step=zero,
         )
 
+    def leave(params, state, slot=0):
+        del slot
+        return displacement(state.anchor, params), state.anchor
+
+    def travel(parcel, state, slot=0, step=None):
+        del slot
+        fresh, anchor = parcel
+        arriving, message = send.update(fresh, state.message, anchor, local_step=step)
+        check_replicated(arriving, state.pending[0], "overlapped")
+        return state._replace(message=message, pending=(*state.pending[1:], arriving))
+
+    def arrive(params, state, result, slot=0, step=None):
+        del slot
+        estimate, own = result, state.own
+        if eager:
+            fresh, first = displacement(state.anchor, params), state.sync_step < rounds
+            estimate = _eager(fresh, estimate, own[0], first, size(axis_name))
+            own = (*own[1:], fresh)
+        updates, outer = optimizer.update(estimate, state.outer, state.anchor, local_step=step)
+        anchor = optax.apply_updates(state.anchor, updates)
+        return adopt(anchor, params), state._replace(anchor=anchor, outer=outer, own=own)
+
+    def tick(state, step):
+        next_sync = round_end(schedule, step, total_steps)
+        return state._replace(next_sync=next_sync, sync_step=state.sync_step + 1)
+
     def apply_fn(params, state, step):
         def meet(params, state):
-            fresh = displacement(state.anchor, params)
-            estimate = state.pending[0]
-            if eager:
-                first = state.sync_step < rounds
-                estimate = _eager(fresh, estimate, state.own[0], first, size(axis_name))
-            arriving, message = send.update(fresh, state.message, state.anchor, local_step=step)
-            check_replicated(arriving, state.pending[0], "overlapped")
-            updates, outer = optimizer.update(estimate, state.outer, state.anchor, local_step=step)
-            anchor = optax.apply_updates(state.anchor, updates)
+            far = travel(leave(params, state), state, step=step)
+            params, near = arrive(params, state, state.pending[0], step=step)
             if eager and total_steps is not None:
                 last = step == total_steps
-                anchor = cond(last, lambda z: mean(z, axis_name), lambda z: z, anchor)
-            new = OverlappedState(
-                anchor=anchor,
-                outer=outer,
-                message=message,
-                pending=(*state.pending[1:], arriving),
-                own=(*state.own[1:], fresh) if eager else None,
-                next_sync=round_end(schedule, step, total_steps),
-                sync_step=state.sync_step + 1,
-            )
-            return adopt(anchor, params), new
+                anchor = cond(last, lambda z: mean(z, axis_name), lambda z: z, near.anchor)
+                params, near = adopt(anchor, params), near._replace(anchor=anchor)
+            return params, tick(near._replace(message=far.message, pending=far.pending), step)
 
         return cond(is_due(state, step), meet, lambda *same: same, params, state)
 
-    return SyncRule(init_fn, apply_fn)
+    def clock(state, step):
+        due = is_due(state, step)
+        after = jax.tree.map(lambda new, old: jnp.where(due, new, old), tick(state, step), state)
+        return after, due[None], due[None]
+
+    def branches(launched, arrived):
+        del arrived
+        at_the_end = [0 if launched[0] else -1] * (eager and total_steps is not None)
+        return [int(launched[0]), *at_the_end]
+
+    background = Background(
+        slots=1,
+        near=("anchor", "outer", "own"),
+        far=("message", "pending"),
+        counters=("next_sync", "sync_step"),
+        total_steps=total_steps,
+        clock=clock,
+        leave=leave,
+        travel=travel,
+        result=lambda state, slot: state.pending[0],
+        arrive=arrive,
+        branches=branches,
+    )
+    return SyncRule(init_fn, apply_fn, background=background)
 
 
 def _eager(fresh, arrived, own, first, workers: int):

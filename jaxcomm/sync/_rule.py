@@ -10,6 +10,36 @@ import optax
 from jaxcomm.collectives.axis import varying_axes
 
 
+class Background(NamedTuple):
+    """How a rule's meetings come apart, so that other devices can make the transfers.
+
+    The rule's state is a NamedTuple: `near` names the fields that computing devices hold, `far`
+    those that live where the transfers are made, `counters` the int32 ones that the host knows.
+    The functions see the state with None for the fields that are elsewhere; `slot` is a Python int
+    (transfers of different slots may be in flight together), and in a step all that leaves has left
+    before anything arrives:
+
+    `clock(state, step) -> (state, launched, arrived)`: the counters after this step, bool (slots,).
+    `leave(params, state, slot) -> parcel`: what this worker sends.
+    `travel(parcel, state, slot, step) -> state`: the far state; the only part that communicates.
+    `result(state, slot)`: what will arrive, of the far state.
+    `arrive(params, state, result, slot, step) -> (params, state)`: the near state.
+    `branches(launched, arrived)`: the choices of `apply`'s conditionals, as it would report them.
+    """
+
+    slots: int
+    near: tuple[str, ...]
+    far: tuple[str, ...]
+    counters: tuple[str, ...]
+    total_steps: int | None  # the last step is left to `apply`
+    clock: Callable
+    leave: Callable
+    travel: Callable
+    result: Callable
+    arrive: Callable
+    branches: Callable
+
+
 class SyncRule(NamedTuple):
     """Pure functions around the local steps; every state has a counter `sync_step` of meetings.
 
@@ -22,12 +52,15 @@ class SyncRule(NamedTuple):
     `obj_fn(params)` is this worker's loss on its batch, and `step` counts the steps done before.
     `moments(opt_state, initial_fn, state, step) -> opt_state` runs between the inner optimizer and
     `apply`, with `apply`'s arguments; `initial_fn()` is a fresh inner optimizer state.
+
+    Rules whose results are used later than they are asked for have a `background`.
     """
 
     init: Callable[[optax.Params], Any]
     apply: Callable[[optax.Params, Any, jax.Array], tuple[optax.Params, Any]]
     adjust: Callable[..., tuple[optax.Updates, Any]] | None = None
     moments: Callable[..., optax.OptState] | None = None
+    background: Background | None = None
 
 
 def hooks_of(rule: SyncRule) -> dict[str, Callable | None]:

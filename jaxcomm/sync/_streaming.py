@@ -22,7 +22,7 @@ from jaxcomm.compressors._fp4 import fp4_e3m0
 from jaxcomm.compressors.base import Compressor
 from jaxcomm.sync._fragments import PATTERNS, Fragments, join, owners, split
 from jaxcomm.sync._outer import downhill
-from jaxcomm.sync._rule import SyncRule, check_replicated, displacement, float32
+from jaxcomm.sync._rule import Background, SyncRule, check_replicated, displacement, float32
 from jaxcomm.sync._schedules import check_total_steps
 from jaxcomm.transforms._average import average, compressed_average
 
@@ -54,7 +54,7 @@ def streaming(
         each fragment has its own state of it, and sees the others' leaves as optax.MaskedNode.
       every: H, local steps between two meetings of the same fragment.
       fragments: P; or, for each fragment, the paths (`blocks/block_00`) it is made of.
-      pattern: how layers go to P fragments: 'strided', 'sequential' or 'balanced' by bytes.
+      pattern: how layers go to P fragments: 'strided', 'sequential' or 'balanced'.
       delay: tau, local steps between launch and delivery; less than H / P.
       mixing: alpha in [0, 1], the share of the worker's own parameters at delivery; default 0, or
         0.5 with a delay. 1 never listens.
@@ -83,31 +83,64 @@ def streaming(
         first = _not_beyond(total_steps, offsets, 0)
         return StreamingState(anchor, states, first, pending, jnp.zeros((), jnp.int32))
 
-    def apply_fn(params, state, step):
-        owner = place(params)
-        launch = _launch(chain, step)
-        parts, due = [], step >= state.next_sync
-        own = split(params, owner, count)
-        anchors = split(state.anchor, owner, count)
+    def clock(state, step):
+        due = step >= state.next_sync
         pending = jnp.where(due, step + delay, state.pending)
         pending = pending if total_steps is None else jnp.minimum(pending, total_steps)
-        share = jnp.where(step == total_steps, 0.0, mixing) if total_steps and mixing else mixing
-        for p in range(count):
-            anchor, outer = cond(due[p], launch, _stay, own[p], anchors[p], state.outer[p])
-            mine = cond(pending[p] == step, _deliver(share), lambda x, z: x, own[p], anchor)
-            parts.append((mine, anchor, outer))
-        mine, anchors, outers = zip(*parts)
         next_sync = jnp.where(due, state.next_sync + every, state.next_sync)
-        new = StreamingState(
-            anchor=join(anchors, owner, params),
-            outer=outers,
+        new = state._replace(
             next_sync=_not_beyond(total_steps, next_sync, step),
             pending=jnp.where(pending > step, pending, 0),
             sync_step=state.sync_step + jnp.sum(due, dtype=jnp.int32),
         )
+        return new, due, pending == step
+
+    def apply_fn(params, state, step):
+        owner = place(params)
+        launch = _launch(chain, step)
+        parts, (new, due, arriving) = [], clock(state, step)
+        own = split(params, owner, count)
+        anchors = split(state.anchor, owner, count)
+        share = jnp.where(step == total_steps, 0.0, mixing) if total_steps and mixing else mixing
+        for p in range(count):
+            anchor, outer = cond(due[p], launch, _stay, own[p], anchors[p], state.outer[p])
+            mine = cond(arriving[p], _deliver(share), lambda x, z: x, own[p], anchor)
+            parts.append((mine, anchor, outer))
+        mine, anchors, outers = zip(*parts)
+        new = new._replace(anchor=join(anchors, owner, params), outer=outers)
         return join(mine, owner, params), new
 
-    return SyncRule(init_fn, apply_fn)
+    def leave(params, state, slot):
+        del state
+        return split(params, place(params), count)[slot]
+
+    def travel(parcel, state, slot, step):
+        owner, outer = place(state.anchor), list(state.outer)
+        anchors = split(state.anchor, owner, count)
+        anchors[slot], outer[slot] = _launch(chain, step)(parcel, anchors[slot], outer[slot])
+        return state._replace(anchor=join(anchors, owner, state.anchor), outer=tuple(outer))
+
+    def arrive(params, state, result, slot, step):
+        del step
+        owner = place(params)
+        own = split(params, owner, count)
+        own[slot] = _deliver(mixing)(own[slot], result)
+        return join(own, owner, params), state
+
+    background = Background(
+        slots=count,
+        near=(),
+        far=("anchor", "outer"),
+        counters=("next_sync", "pending", "sync_step"),
+        total_steps=total_steps,
+        clock=clock,
+        leave=leave,
+        travel=travel,
+        result=lambda state, slot: split(state.anchor, place(state.anchor), count)[slot],
+        arrive=arrive,
+        branches=lambda launched, arrived: [int(x) for xs in zip(launched, arrived) for x in xs],
+    )
+    return SyncRule(init_fn, apply_fn, background=background if delay else None)
 
 
 def _launch(chain, step) -> Callable:

@@ -266,6 +266,7 @@ def make_train_step(
     simulate: int | tuple[int, ...] | None = None,
     pmap: int | None = None,
     donate: bool = True,
+    background: bool = False,
 ) -> TrainStep:
     """Builds the step of a data-parallel training, for any Optax chain and sync rule.
 
@@ -279,14 +280,16 @@ def make_train_step(
       simulate: run this many workers on one device under vmap.
       pmap: run under pmap on so many local devices.
       donate: reuse the buffers of the state given to a step.
+      background: make the transfers of an overlapped sync rule on CPU devices of the same hosts
+        while the others compute (`jaxcomm.training.background`); needs one beside each worker's.
 
     Returns:
       A TrainStep: `state = step.init(params, key)`, `state, metrics = step(state, batch)`,
       `step.consensus(state)`.
 
     Raises:
-      ValueError: contradictory modes, or an axis that the mesh does not have; later, from
-        `init`: a tx that never communicates, without a sync rule.
+      ValueError: contradictory modes, an axis that the mesh does not have, or a background for
+        a rule without one; later, from `init`: a tx that never communicates, without a sync rule.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, jaxcomm
@@ -298,7 +301,10 @@ def make_train_step(
       >>> float(metrics["loss"])
       1.0
     """
-    return TrainStep(loss_fn, tx, Workers(axis_name, mesh, simulate, pmap), sync, donate)
+    from jaxcomm.training.background import BackgroundStep  # which is a TrainStep
+
+    kind = BackgroundStep if background else TrainStep
+    return kind(loss_fn, tx, Workers(axis_name, mesh, simulate, pmap), sync, donate)
 
 
 def _with_aux(out):
