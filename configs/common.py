@@ -3,6 +3,11 @@
 tx, sync     Python expressions over jaxcomm's public names and optax.*, with axis_name,
              learning_rate, steps, warmup_steps and workers in scope
 mode         devices (shard_map), simulate (vmap on one device) or pmap
+on_failure   what a job does that loses a process: stop, or restart (it ends, keeps its compiled
+             programs in the workdir, and `experiments.cluster --restarts=K` starts it again)
+stuck_seconds, standstill_seconds
+             a process without a sign of life, or a job without a step, for so long ends; 0: never
+background   make the transfers of an overlapped sync rule beside the computation
 """
 
 import ml_collections
@@ -20,6 +25,7 @@ def base(task: str, argument: str | None) -> ml_collections.ConfigDict:
     config.seed = 0
     config.workers = 4 if smoke else 8
     config.mode = "devices"
+    config.background = False
     config.axis_name = "workers"
     config.steps = 20 if smoke else 1000
     config.batch_size = 64 if smoke else 128  # global, over all workers
@@ -33,6 +39,9 @@ def base(task: str, argument: str | None) -> ml_collections.ConfigDict:
     config.evaluate_every = 0 if smoke else 250
     config.checkpoint_every = 10 if smoke else 250
     config.keep = 3
+    config.on_failure = "stop"
+    config.stuck_seconds = 60.0
+    config.standstill_seconds = 1800.0
     return config
 
 

@@ -6,6 +6,7 @@ Writes WORKDIR/metrics.jsonl, summary.json, checkpoints and TensorBoard events. 
 interrupted run goes on from its last checkpoint bit for bit, and a finished one does nothing.
 """
 
+import contextlib
 import json
 import logging as std_logging
 import os
@@ -18,20 +19,24 @@ from absl import flags
 from jax.experimental import multihost_utils
 from ml_collections import config_flags
 
-from experiments import command_line
+from experiments import command_line, job
 from experiments.config import Config
 from experiments.expressions import evaluate as expression
 from experiments.schedules import learning_rate
 from experiments.tasks import make_task
-from jaxcomm.training.checkpoint import Checkpointer
+from jaxcomm.training.checkpoint import Checkpointer, CheckpointError
 from jaxcomm.training.distributed import initialize
 from jaxcomm.training.loop import train_loop
 from jaxcomm.training.metrics import MetricsLogger, device_arithmetic, prepare_workdir
 from jaxcomm.training.step import TrainStep, make_train_step
+from jaxcomm.training.watchdog import Watchdog, give_up
 
 MODES = ("devices", "simulate", "pmap")
 # may differ between two parts of one run
-FREE = ("checkpoint_every", "keep", "log_every", "evaluate_every", "mode")
+FREE = ("checkpoint_every", "keep", "log_every", "evaluate_every", "mode", "background")
+FREE += ("on_failure", "stuck_seconds", "standstill_seconds")
+ON_FAILURE = ("stop", "restart")
+UNSAVED = 74  # EX_IOERR: a checkpoint could not be written
 COUNTER = "JAXCOMM_COUNTER"
 
 
@@ -39,6 +44,10 @@ def make_step(config: Config, loss_fn) -> TrainStep:
     """The train step that the config describes; see `configs/common.py` for its fields."""
     if config.mode not in MODES:
         raise ValueError(f"config.mode must be one of {', '.join(MODES)}, got {config.mode!r}")
+    if config.on_failure not in ON_FAILURE:
+        raise ValueError(
+            f"config.on_failure must be one of {', '.join(ON_FAILURE)}, got {config.on_failure!r}"
+        )
     scope = {
         "axis_name": config.axis_name,
         "learning_rate": learning_rate(config),
@@ -52,6 +61,7 @@ def make_step(config: Config, loss_fn) -> TrainStep:
     if config.mode != "simulate":
         _check_devices(config)
         way = {"pmap": config.workers} if config.mode == "pmap" else {"mesh": _mesh(config)}
+    way["background"] = config.background
     return make_train_step(loss_fn, tx, axis_name=config.axis_name, sync=sync, **way)
 
 
@@ -82,6 +92,8 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any]:
             keep=config.keep,
         ) as checkpointer,
         MetricsLogger(workdir, total_steps=config.steps, is_main=main) as logger,
+        Watchdog(config.stuck_seconds, config.standstill_seconds) as watchdog,
+        _named_failures(watchdog),
     ):
         run = train_loop(
             step,
@@ -94,6 +106,7 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any]:
             checkpoint_every=config.checkpoint_every,
             evaluate=task.evaluate,
             evaluate_every=config.evaluate_every,
+            watchdog=watchdog,
         )
         if run.interrupted:
             print(f"stopped at step {int(run.state.step)} by SIGTERM; the state is saved")
@@ -117,6 +130,22 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any]:
         }
         logger.summary(summary)
     return summary
+
+
+@contextlib.contextmanager
+def _named_failures(watchdog: Watchdog):
+    """Among several processes, a failed collective or save ends this one with one sentence."""
+    try:
+        yield
+    except (jax.errors.JaxRuntimeError, CheckpointError) as error:
+        if jax.process_count() == 1:
+            raise
+        line = str(error).strip().splitlines()[0]
+        if culprit := watchdog.blame():
+            give_up(f"{culprit} ({line})")
+        if isinstance(error, CheckpointError):
+            give_up(line, UNSAVED)
+        raise
 
 
 def _fixed(config: Config) -> dict[str, Any]:
@@ -174,10 +203,14 @@ def _mesh(config: Config) -> jax.sharding.Mesh:
 
 
 def setup_devices(config: Config) -> None:
-    """As many CPU devices as this process has workers, before JAX starts."""
+    """As many CPU devices as this process has workers, before JAX starts.
+
+    Twice as many where transfers run in the background: half of them compute.
+    """
     processes = int(os.environ.get("JAXCOMM_PROCESSES", "1"))
     if config.mode in ("devices", "pmap") and "JAX_NUM_CPU_DEVICES" not in os.environ:
-        jax.config.update("jax_num_cpu_devices", max(1, config.workers // processes))
+        share = max(1, config.workers // processes) * (2 if config.background else 1)
+        jax.config.update("jax_num_cpu_devices", share)
 
 
 def default_workdir(config_flag: str) -> str:
@@ -189,9 +222,12 @@ def default_workdir(config_flag: str) -> str:
 def main(_: list[str]) -> None:
     std_logging.getLogger("jax").setLevel(std_logging.WARNING)
     config = FLAGS.config
+    job.export()
     setup_devices(config)
     initialize()
     workdir = FLAGS.workdir or default_workdir(config_flags.get_config_filename(FLAGS["config"]))
+    if config.on_failure != "stop":
+        job.keep_programs(str(Path(workdir).absolute() / "compiled"))
     train_and_evaluate(config, workdir)
 
 
@@ -201,4 +237,5 @@ if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, "Config file.", lock_config=True)
     flags.DEFINE_string("workdir", None, "Where results go; default runs/<config name>.")
     flags.mark_flag_as_required("config")
+    job.define_flags()
     command_line.run(main)

@@ -8,8 +8,10 @@ import atexit
 import logging
 import os
 import sys
+from typing import Any
 
 import jax
+from jax._src import distributed as _distributed  # JAX has no public key-value store
 from jax._src.clusters import ClusterEnv  # JAX has no public name for "is there a cluster?"
 
 COORDINATOR = "JAXCOMM_COORDINATOR"
@@ -62,6 +64,18 @@ def initialize(
     jax.distributed.initialize(**options)
     _leave_at_once_on_failure()
     return True
+
+
+def client() -> Any:
+    """The connection to the job's coordination service.
+
+    Raises:
+      RuntimeError: this process is not part of a job.
+    """
+    found = _distributed.global_state.client
+    if found is None:
+        raise RuntimeError("this process is not part of a job: call initialize() first")
+    return found
 
 
 def _explicit(coordinator, processes, process_id) -> tuple[str, int, int] | None:

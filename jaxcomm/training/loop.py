@@ -17,6 +17,7 @@ from jaxcomm.traffic import Traffic, traffic
 from jaxcomm.training.checkpoint import Checkpointer
 from jaxcomm.training.metrics import MetricsLogger, Stopwatch
 from jaxcomm.training.step import TrainState, TrainStep
+from jaxcomm.training.watchdog import Watchdog
 from jaxcomm.training.workers import Place
 
 
@@ -44,6 +45,7 @@ def train_loop(
     checkpoint_every: int = 0,
     evaluate: Callable[[Any], dict[str, float]] | None = None,
     evaluate_every: int = 0,
+    watchdog: Watchdog | None = None,
 ) -> Run:
     """Trains up to `steps` steps, from the last checkpoint if there is one.
 
@@ -58,6 +60,7 @@ def train_loop(
       checkpoint_every: steps between two saves; 0 saves at the end only.
       evaluate: validation metrics of one parameter tree, logged every `evaluate_every` steps.
       evaluate_every: steps between two evaluations; 0 for none.
+      watchdog: is told of every step.
     """
     account, clock, seconds = Account(step), Stopwatch(), 0.0
     if checkpointer is not None and checkpointer.latest() is not None:
@@ -80,6 +83,8 @@ def train_loop(
             account.see(state, batch)
             state, metrics = step(state, batch)
             done += 1
+            if watchdog is not None:
+                watchdog.step(done)
             account.add(metrics)
             last = done == steps
             evaluating = evaluate_every and done % evaluate_every == 0

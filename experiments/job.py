@@ -1,0 +1,51 @@
+r"""The flags by which a binary joins a job of several processes.
+
+    python -m experiments.train --config=FILE \
+        --coordinator=10.0.0.1:7777 --processes=4 --process_id=0
+
+Without them the environment decides (`experiments.cluster` sets it), or what JAX detects (SLURM,
+Open MPI, Kubernetes, TPU).
+"""
+
+import os
+
+import jax
+from absl import flags
+
+from jaxcomm.training import distributed
+
+VARIABLES = {
+    "coordinator": distributed.COORDINATOR,
+    "processes": distributed.PROCESSES,
+    "process_id": distributed.PROCESS_ID,
+}
+
+
+def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
+    """--coordinator, --processes and --process_id."""
+    flags.DEFINE_string("coordinator", None, "host:port of process 0.", flag_values=values)
+    flags.DEFINE_integer("processes", None, "Processes of the job.", flag_values=values)
+    flags.DEFINE_integer("process_id", None, "Which one this is, from 0.", flag_values=values)
+
+
+def export(values: flags.FlagValues = flags.FLAGS) -> None:
+    """Puts the flags that were given where `distributed.initialize` and children look for them."""
+    for name, variable in VARIABLES.items():
+        if (value := getattr(values, name)) is not None:
+            os.environ[variable] = str(value)
+
+
+def count() -> int:
+    """Processes of the job, before it is joined; 1 if only JAX's detection will know."""
+    return int(os.environ.get(distributed.PROCESSES) or "1")
+
+
+def keep_programs(directory: str | None) -> None:
+    """Compiled programs are kept in a directory, however small, so that a restart is quick.
+
+    An environment variable JAX_COMPILATION_CACHE_DIR wins.
+    """
+    if directory and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", directory)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
