@@ -53,7 +53,7 @@ def run(todo: list[Job], workdir: Path, timeout: float | None = None) -> list[di
     workdir.mkdir(parents=True, exist_ok=True)
     path = workdir / "rows.jsonl"
     for job in todo:
-        done = _rows(path)
+        done = read_rows(path, KEY)
         missing = [c for c in job.cases if _key(c, job) not in done]
         if not missing:
             continue
@@ -64,19 +64,19 @@ def run(todo: list[Job], workdir: Path, timeout: float | None = None) -> list[di
         outcome = cluster.launch(setting).outcome
         if outcome.exit_code:
             raise RuntimeError(f"bench wire: {outcome.reason}")
-    done = _rows(path)
+    done = read_rows(path, KEY)
     return [done[_key(c, job)] for job in todo for c in job.cases]
 
 
-def _rows(path: Path) -> dict[tuple, dict]:
-    """The finished rows; a line that a killed run left behind half-written is none."""
+def read_rows(path: Path, key: tuple[str, ...]) -> dict[tuple, dict]:
+    """The finished rows by these fields; a line that a killed run left half-written is none."""
     rows = {}
     for line in path.read_text().splitlines() if path.exists() else ():
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
             continue
-        rows[tuple(row[k] for k in KEY)] = row
+        rows[tuple(row[k] for k in key)] = row
     return rows
 
 
