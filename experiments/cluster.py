@@ -2,10 +2,18 @@
 
     python -m experiments.cluster --hosts=4 -- -m experiments.train --config=configs/FILE.py
     python -m experiments.cluster --hosts=2 --rate=100mbit --timeout=600 -- my_program.py
+    python -m experiments.cluster --hosts=4 --restarts=3 -- -m experiments.train ...
 
 What follows `--` are the arguments of the Python interpreter: any module, script or `-c` code. The
 processes find each other by `jaxcomm.training.distributed.initialize()`. With `--rate` each of
 them is a host of its own that sends no faster than that; this needs root and iproute2.
+
+With `--restarts` a job that lost a process (killed, crashed, preempted, or named by the others as
+stuck) is ended and started again, with a fresh port, so that it goes on from its last checkpoint.
+Not started again: what ended well, timed out, was stopped by a signal to this program, or was the
+user's mistake (code 2). With `--fewer_hosts=M` a rank that was the first to fail in two attempts
+in a row is a host that is gone, and the next attempt has one host less, down to M. JAXCOMM_ATTEMPT
+tells a process which attempt it is part of, from 0.
 
 The exit code is 0, or that of the rank that failed (128 + the number of the signal that killed it),
 124 after a time-out, 130 after Ctrl-C, 2 if the job could not be started.
@@ -32,6 +40,8 @@ from experiments import netns, processes
 # As in jaxcomm.training.distributed, which takes JAX with it; a test compares them.
 COORDINATOR, PROCESSES = "JAXCOMM_COORDINATOR", "JAXCOMM_PROCESSES"
 PROCESS_ID, COUNTER = "JAXCOMM_PROCESS_ID", "JAXCOMM_COUNTER"
+ATTEMPT = "JAXCOMM_ATTEMPT"
+MISTAKE = 2  # exit code of what the user got wrong: the next attempt would be no better
 COORDINATOR_PORT = 7777  # in a namespace, where every port is free
 DEVICE_COUNT = re.compile(r"--xla_force_host_platform_device_count=\S*")
 
@@ -47,6 +57,8 @@ class Job:
       devices_per_host: CPU devices of a process.
       timeout: seconds after which the job is ended; None for no limit.
       grace: seconds between SIGTERM and SIGKILL for processes that have to be ended.
+      restarts: how often the job is started again after it lost a process.
+      fewer_hosts: with how few hosts it may go on; None for always `hosts`.
 
     Raises:
       ValueError: one of them makes no sense.
@@ -58,6 +70,8 @@ class Job:
     devices_per_host: int = 1
     timeout: float | None = None
     grace: float = 5.0
+    restarts: int = 0
+    fewer_hosts: int | None = None
 
     def __post_init__(self):
         if not self.arguments:
@@ -71,19 +85,27 @@ class Job:
             raise ValueError(f"timeout must be positive, got {self.timeout:g}")
         if not self.grace >= 0:
             raise ValueError(f"grace must not be negative, got {self.grace:g}")
+        if self.restarts < 0:
+            raise ValueError(f"restarts must not be negative, got {self.restarts}")
+        if self.fewer_hosts is not None and not 1 <= self.fewer_hosts <= self.hosts:
+            raise ValueError(f"fewer_hosts must be from 1 to {self.hosts}, got {self.fewer_hosts}")
         if self.rate is not None:
             netns.parse_rate(self.rate)
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What became of a job; `counters` is what each host transmitted (None on loopback)."""
+    """What became of a job; `counters` is what each host transmitted (None on loopback).
+
+    `outcome` and `seconds` are those of the last attempt, `failures` the ones before it.
+    """
 
     job: Job
     outcome: processes.Outcome
     counters: tuple[netns.Counters, ...] | None
     setup_seconds: float
     seconds: float
+    failures: tuple[processes.Outcome, ...] = ()
 
     def as_dict(self) -> dict:
         """For JSON: the job, its outcome and one entry a host."""
@@ -96,6 +118,7 @@ class Report:
             "reason": self.outcome.reason,
             "setup_seconds": self.setup_seconds,
             "seconds": self.seconds,
+            "failures": [outcome.reason for outcome in self.failures],
             "ranks": hosts,
         }
 
@@ -131,31 +154,72 @@ def launch(job: Job) -> Report:
       netns.NetworkError: this machine does not allow throttled hosts.
     """
     begin = time.monotonic()
+    deadline = None if job.timeout is None else begin + job.timeout
+    failures: list[processes.Outcome] = []
     with processes.Events() as events, contextlib.ExitStack() as stack:
         network = None
         if job.rate is not None:
             network = stack.enter_context(netns.Network(job.hosts, job.rate))
-        commands = _commands(job, network)
+        setup = time.monotonic() - begin
         before = network.counters() if network else []
-        started = time.monotonic()
-        outcome = processes.run(commands, events, timeout=job.timeout, grace=job.grace)
-        ended = time.monotonic()
+        while True:
+            hosts = hosts_left(job, failures)
+            commands = _commands(job, network, len(failures), hosts)
+            started = time.monotonic()
+            outcome = processes.run(
+                commands, events, timeout=job.timeout, grace=job.grace, deadline=deadline
+            )
+            if not starts_again(outcome, job.restarts - len(failures)):
+                break
+            failures.append(outcome)
+            again = f"attempt {len(failures) + 1} of {job.restarts + 1}"
+            print(f"cluster: {outcome.reason}; {again}", file=sys.stderr, flush=True)
+        seconds = time.monotonic() - started
         after = network.counters() if network else []
     sent = tuple(_minus(new, old) for new, old in zip(after, before)) if network else None
-    return Report(job, outcome, sent, started - begin, ended - started)
+    return Report(job, outcome, sent, setup, seconds, tuple(failures))
 
 
-def _commands(job: Job, network: netns.Network | None) -> list[processes.Command]:
+def first_failed(outcome: processes.Outcome) -> processes.Ended | None:
+    """The rank that ended the job by failing; None if none did (a time-out, a signal, success)."""
+    failed = [rank for rank in outcome.ranks if not rank.stopped and rank.exit_code]
+    return min(failed, key=lambda rank: rank.seconds) if failed else None
+
+
+def starts_again(outcome: processes.Outcome, left: int) -> bool:
+    """Whether a job that ended like this is started again, with so many restarts left."""
+    failed = first_failed(outcome)
+    return left > 0 and failed is not None and failed.exit_code != MISTAKE
+
+
+def hosts_left(job: Job, failures: list[processes.Outcome]) -> int:
+    """With how many hosts the next attempt is made: one less for every pair of equal failures."""
+    least = job.hosts if job.fewer_hosts is None else job.fewer_hosts
+    hosts, last = job.hosts, None
+    for failed in map(first_failed, failures):
+        rank = failed.rank if failed else None
+        if rank is not None and rank == last and hosts > least:
+            hosts, rank = hosts - 1, None
+        last = rank
+    return hosts
+
+
+def _commands(
+    job: Job, network: netns.Network | None, attempt: int, hosts: int
+) -> list[processes.Command]:
     if network is None:
         coordinator, counter = f"127.0.0.1:{_free_port()}", None
     else:
-        coordinator, counter = f"{network.addresses[0]}:{COORDINATOR_PORT}", netns.COUNTER
+        coordinator = f"{network.addresses[0]}:{COORDINATOR_PORT + attempt}"
+        counter = netns.COUNTER
+    job = dataclasses.replace(job, hosts=hosts, fewer_hosts=None)
+    base = {**os.environ, ATTEMPT: str(attempt)}
     return [
         processes.Command(
             [*(network.enter(rank) if network else ()), sys.executable, *job.arguments],
-            environment(os.environ, job, rank, coordinator, counter),
+            environment(base, job, rank, coordinator, counter),
         )
-        for rank in range(job.hosts)
+        for rank in range(hosts)
     ]
 
 
@@ -171,7 +235,9 @@ def _minus(new: netns.Counters, old: netns.Counters) -> netns.Counters:
 def table(report: Report) -> Table:
     """One row a host."""
     where = f"at {report.job.rate}" if report.job.rate else "on loopback"
-    title = f"{report.job.hosts} hosts {where}, {report.seconds:.1f} s"
+    title = f"{len(report.outcome.ranks)} hosts {where}, {report.seconds:.1f} s"
+    if report.failures:
+        title += f", attempt {len(report.failures) + 1}"
     result = Table("host", "ended", "seconds", title=title, box=box.SIMPLE)
     for name in ("sent bytes", "with packet headers") if report.counters else ():
         result.add_column(name, justify="right")
@@ -191,12 +257,16 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("devices_per_host", 1, "CPU devices of each process.", flag_values=values)
     flags.DEFINE_float("timeout", None, "Seconds after which the job is ended.", flag_values=values)
     flags.DEFINE_float("grace", 5.0, "Seconds from SIGTERM to SIGKILL.", flag_values=values)
+    flags.DEFINE_integer("restarts", 0, "Starts after the loss of a process.", flag_values=values)
+    flags.DEFINE_integer(
+        "fewer_hosts", None, "With how few hosts to go on; default: all.", flag_values=values
+    )
     flags.DEFINE_string("workdir", None, "Where to write cluster.json.", flag_values=values)
 
 
 def main(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> int:
     """Runs what the flags and the arguments after `--` say; returns the exit code."""
-    names = ("hosts", "rate", "devices_per_host", "timeout", "grace")
+    names = ("hosts", "rate", "devices_per_host", "timeout", "grace", "restarts", "fewer_hosts")
     try:
         job = Job(tuple(argv[1:]), **{name: getattr(values, name) for name in names})
         if values.workdir:

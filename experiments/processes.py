@@ -97,6 +97,7 @@ def run(
     *,
     timeout: float | None = None,
     grace: float = 5.0,
+    deadline: float | None = None,
 ) -> Outcome:
     """Runs one process a command until all have ended well, or one has not.
 
@@ -105,11 +106,13 @@ def run(
       events: entered by the caller, so that its own set-up and clean-up are covered as well.
       timeout: seconds after which the job is ended; None for no limit.
       grace: seconds between SIGTERM and SIGKILL for those that have to be ended.
+      deadline: when the time is up (of `time.monotonic`); default: `timeout` from now.
 
     Returns:
       how the job ended; every process that it started has ended by then.
     """
-    deadline = None if timeout is None else time.monotonic() + timeout
+    if deadline is None and timeout is not None:
+        deadline = time.monotonic() + timeout
     ranks: list[_Process] = []
     verdict = (1, "the launcher failed")
     try:

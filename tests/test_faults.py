@@ -1,7 +1,11 @@
 """Processes that die, get stuck or lose their disk: who is named, what is started again."""
 
+import re
+import time
+
 import pytest
 
+from experiments import cluster, processes
 from jaxcomm.training.watchdog import FINISHED, Beat, Watch, Watchdog
 
 NOBODY = (-1, "nobody was accused")
@@ -86,3 +90,87 @@ def test_a_process_on_its_own_is_not_watched():
 def test_negative_times_are_refused(name):
     with pytest.raises(ValueError, match=f"{name} must not be negative, got -1 s"):
         Watchdog(**{name: -1.0})
+
+
+# ---------------------------------------------------------------- the supervisor
+
+
+def ended(*codes, stopped=()):
+    """A job whose ranks ended one second after the other; `stopped` by the launcher."""
+    ranks = enumerate(codes)
+    return processes.Outcome(
+        1, "why", tuple(processes.Ended(i, c, float(i), i in stopped) for i, c in ranks)
+    )
+
+
+@pytest.mark.parametrize(
+    ("outcome", "left", "again"),
+    [
+        (ended(0, 0), 3, False),
+        (ended(-15, -9, stopped={0}), 3, True),  # rank 1 was killed
+        (ended(75, -9, stopped={1}), 1, True),  # rank 1 was stuck, says rank 0
+        (ended(143, 143), 1, True),  # preempted
+        (ended(-9, -9, stopped={0}), 0, False),  # no restarts left
+        (ended(2, -15, stopped={1}), 3, False),  # the user's mistake
+        (ended(-15, -15, stopped={0, 1}), 3, False),  # a signal to the launcher, or a time-out
+        (ended(0, -15, stopped={1}), 3, False),
+    ],
+)
+def test_what_is_started_again(outcome, left, again):
+    assert cluster.starts_again(outcome, left) is again
+
+
+@pytest.mark.parametrize(
+    ("least", "failed", "hosts"),
+    [
+        (None, [1, 1, 1, 1], 3),
+        (1, [], 3),
+        (1, [1], 3),
+        (1, [1, 2], 3),
+        (1, [1, 1], 2),
+        (1, [1, 1, 1], 2),  # with the other hosts that is a new beginning
+        (1, [1, 1, 1, 1], 1),
+        (2, [1, 1, 1, 1], 2),
+    ],
+)
+def test_a_rank_that_fails_twice_in_a_row_is_a_host_that_is_gone(least, failed, hosts):
+    job = cluster.Job(("-c", "1"), 3, restarts=9, fewer_hosts=least)
+    outcomes = [ended(*(0 if rank != f else -9 for rank in range(3))) for f in failed]
+    assert cluster.hosts_left(job, outcomes) == hosts
+
+
+CHILD = (
+    "import os, sys, time;"
+    "a, r = (int(os.environ['JAXCOMM_' + n]) for n in ('ATTEMPT', 'PROCESS_ID'));"
+)
+
+
+def supervised(code, **options):
+    return cluster.launch(cluster.Job(("-c", CHILD + code), 2, **options))
+
+
+def test_a_job_is_started_again_until_it_ends_well(capsys):
+    code = "print('port', os.environ['JAXCOMM_COORDINATOR']);"
+    code += "sys.exit(0) if a == 2 else sys.exit(9) if r == 1 else time.sleep(60)"
+    report = supervised(code, restarts=5)
+    assert report.outcome.exit_code == 0
+    assert [outcome.exit_code for outcome in report.failures] == [9, 9]
+    out, err = capsys.readouterr()
+    assert "cluster: rank 1 exited with code 9; ended rank 0; attempt 2 of 6" in err
+    assert len(set(re.findall(r"port (\S+)", out))) == 3
+    assert report.as_dict()["failures"] == ["rank 1 exited with code 9; ended rank 0"] * 2
+
+
+def test_a_host_that_is_gone_is_left_out():
+    report = supervised("sys.exit(r)", restarts=5, fewer_hosts=1)
+    assert report.outcome.exit_code == 0
+    assert (len(report.failures), len(report.outcome.ranks)) == (2, 1)
+
+
+def test_restarts_come_to_an_end_and_the_time_out_holds_for_all_attempts():
+    assert supervised("sys.exit(5)", restarts=2).outcome.exit_code == 5
+    begin = time.monotonic()
+    report = supervised("time.sleep(.4); sys.exit(5)", restarts=1000, timeout=1.5)
+    assert report.outcome.exit_code == 124
+    assert report.failures
+    assert time.monotonic() - begin < 10
