@@ -4,7 +4,8 @@
         [--seeds=5] [--set=steps=500] [--workdir=runs/compare]
 
 Every run is an ordinary `experiments.train` run in WORKDIR/<config>/<seed>: what is finished is
-kept, what was interrupted goes on. Writes report.md, table.csv, figure.png and figure.svg.
+kept, what was interrupted goes on. All configs run with the first seed, then with the second, so
+that a comparison can be looked at early. Writes report.md, table.csv, figure.png and figure.svg.
 """
 
 import ast
@@ -43,6 +44,9 @@ class Runs(NamedTuple):
 def load_config(text: str) -> tuple[str, Config]:
     """The name and config of `path.py` or `path.py:argument`.
 
+    An argument is part of the name (`qsr_digits_cosine:cubic` is qsr_digits_cosine_cubic), but for
+    a size: 'smoke', or the '-smoke' at its end.
+
     Raises:
       FileNotFoundError: there is no such file.
     """
@@ -54,7 +58,23 @@ def load_config(text: str) -> tuple[str, Config]:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return Path(path).stem, module.get_config(argument or None)
+    rule = argument.removesuffix("smoke").removesuffix("-")
+    return "_".join(filter(None, (Path(path).stem, rule))), module.get_config(argument or None)
+
+
+def load_configs(texts: list[str]) -> dict[str, Config]:
+    """Names and configs of several files.
+
+    Raises:
+      ValueError: two have one name, and would share a directory.
+    """
+    configs = {}
+    for text in texts:
+        name, config = load_config(text)
+        if name in configs:
+            raise ValueError(f"--configs has {name} twice ({text}): one would hide the other")
+        configs[name] = config
+    return configs
 
 
 def set_fields(config: Config, assignments: list[str]) -> None:
@@ -87,29 +107,30 @@ def compare(configs: dict[str, Config], seeds: int, workdir: str, command: str =
     """Runs what is not finished, and writes the report."""
     check_budget(configs)
     path = prepare_workdir(workdir)
-    everything = []
-    for name, config in configs.items():
-        runs = Runs(name, [], [])
-        for seed in range(seeds):
+    everything = [Runs(name, [], []) for name in configs]
+    for seed in range(seeds):
+        for runs, config in zip(everything, configs.values()):
             config.seed = seed
-            folder = path / name / str(seed)
+            folder = path / runs.name / str(seed)
             runs.summaries.append(train_and_evaluate(config, str(folder)))
             lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
             runs.curves.append([line for line in lines if "validation_loss" in line])
-        everything.append(runs)
     rows = table_rows(everything)
     _print(rows)
     draw(everything, path)
-    write_report(rows, path, command)
+    write_report(rows, settings(configs), path, command)
     return everything
 
 
 def table_rows(everything: list[Runs]) -> list[dict[str, str]]:
     """The table as text: means over the seeds, spread as largest minus smallest."""
     rows = []
+    baseline = _dense_loss(everything)
     for runs in everything:
         loss, sent = runs.values("validation_loss"), runs.values("sent_bytes").mean()
         row = {"method": runs.name, "loss": f"{loss.mean():.4f}", "spread": f"{np.ptp(loss):.4f}"}
+        if baseline:
+            row["to dense"] = f"{100 * (loss.mean() / baseline - 1):+.1f} %"
         accuracy = runs.values("validation_accuracy")
         if np.isfinite(accuracy).all():
             row["accuracy"] = f"{accuracy.mean():.4f}"
@@ -117,12 +138,47 @@ def table_rows(everything: list[Runs]) -> list[dict[str, str]]:
             "steps": str(runs.summaries[0]["steps"]),
             "sent": human_bytes(sent),
             "fewer bytes": f"{runs.values('dense_bytes').mean() / max(sent, 1):.1f} x",
+            "2nd half": f"{_second_half(runs):.1f} x",
             "meetings": f"{runs.values('sync_step').mean():.0f}",
             "largest step": human_bytes(runs.values("largest_step_bytes").mean()),
             "seconds": f"{np.median(runs.values('seconds')):.1f}",
         }
         rows.append(row)
     return rows
+
+
+def _dense_loss(everything: list[Runs]) -> float | None:
+    """Mean loss of the first config that sends what a dense average would."""
+    for runs in everything:
+        if np.allclose(runs.values("dense_over_sent"), 1.0):
+            return runs.values("validation_loss").mean()
+    return None
+
+
+def _second_half(runs: Runs) -> float:
+    """Dense bytes over sent bytes from the first evaluation in the second half to the end."""
+    ratios = []
+    for summary, curve in zip(runs.summaries, runs.curves):
+        steps = summary["steps"]
+        start = next((p for p in curve if p["step"] >= steps / 2), None)
+        if start is None or start["step"] == steps:
+            return float("nan")
+        dense = summary["dense_bytes"] * (1 - start["step"] / steps)
+        ratios.append(dense / max(summary["sent_bytes"] - start["sent_bytes"], 1))
+    return float(np.mean(ratios))
+
+
+def settings(configs: dict[str, Config]) -> list[dict[str, str]]:
+    """What each config ran: a row of the report's second table."""
+    return [
+        {
+            "method": name,
+            "peak rate": f"{c.learning_rate.peak:g}",
+            "tx": f"`{c.tx}`",
+            "sync": f"`{c.sync}`" if c.sync else "",
+        }
+        for name, c in configs.items()
+    ]
 
 
 def _print(rows: list[dict[str, str]]) -> None:
@@ -135,63 +191,105 @@ def _print(rows: list[dict[str, str]]) -> None:
     Console(width=wide).print(table)
 
 
-def write_report(rows: list[dict[str, str]], path: Path, command: str) -> None:
-    """table.csv, and report.md with the table and the figure."""
+def write_report(
+    rows: list[dict[str, str]], ran: list[dict[str, str]], path: Path, command: str
+) -> None:
+    """table.csv, and report.md with the table, the figure and what each config ran."""
     with (path / "table.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
     lines = ["# Comparison", "", f"    {command}", ""] if command else ["# Comparison", ""]
-    lines += ["| " + " | ".join(rows[0]) + " |", "|---" * len(rows[0]) + "|"]
-    lines += ["| " + " | ".join(row.values()) + " |" for row in rows]
-    lines += ["", "Loss: validation, mean over the seeds; spread: largest minus smallest.", ""]
+    lines += _markdown(rows)
+    lines += [
+        "",
+        "Loss: validation, mean over the seeds; spread: largest minus smallest. Fewer bytes:",
+    ]
+    lines += ["those of a dense average in every step over those sent, in the whole run and in its"]
+    lines += [
+        "second half. Largest step: the most a worker sends in one step. Seconds: median; the"
+    ]
+    lines += ["machine may have been shared.", ""]
     lines += ["![validation loss against steps, bytes and seconds](figure.png)", ""]
-    (path / "report.md").write_text("\n".join(lines))
+    (path / "report.md").write_text("\n".join([*lines, *_markdown(ran), ""]))
+
+
+def _markdown(rows: list[dict[str, str]]) -> list[str]:
+    lines = ["| " + " | ".join(rows[0]) + " |", "|---" * len(rows[0]) + "|"]
+    return lines + ["| " + " | ".join(row.values()) + " |" for row in rows]
 
 
 def draw(everything: list[Runs], path: Path) -> None:
-    """Validation loss against steps, bytes and seconds; every curve is named at its end."""
+    """Validation loss against steps, bytes and seconds; every curve is named beside its end."""
     import matplotlib  # slow to import, an extra
 
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 3, figsize=(14, 4.5), sharey=True, layout="constrained")
+    height = max(4.5, 0.3 * len(everything))
+    figure, axes = plt.subplots(1, 3, figsize=(15, height), sharey=True, layout="constrained")
     panels = (("step", "steps", "linear"), ("sent_bytes", "bytes sent by a worker", "log"))
     panels += (("seconds", "seconds", "linear"),)
+    task = {runs.name.partition("_")[0] for runs in everything}  # lm_, digits_: the same for all
+    common = task.pop() + "_" if len(task) == 1 else ""
     for axis, (key, label, scale) in zip(axes, panels):
         ends = []
-        for runs in everything:
+        for i, runs in enumerate(everything):
             x = np.mean([[float(p[key]) for p in curve] for curve in runs.curves], axis=0)
             y = np.array([[float(p["validation_loss"]) for p in curve] for curve in runs.curves])
             keep = x > 0 if scale == "log" else slice(None)
-            (line,) = axis.plot(x[keep], y.mean(0)[keep], marker=".")
-            axis.fill_between(x[keep], *np.stack([y.min(0), y.max(0)])[:, keep], alpha=0.15)
-            ends.append((runs.name, x[-1], y.mean(0)[-1], line.get_color()))
+            style = {"color": _colour(i), "linestyle": ("-", "--")[i % 2], "marker": "os^D"[i % 4]}
+            axis.plot(x[keep], y.mean(0)[keep], markersize=3.5, linewidth=1.3, **style)
+            axis.fill_between(
+                x[keep], *np.stack([y.min(0), y.max(0)])[:, keep], alpha=0.08, color=_colour(i)
+            )
+            name = runs.name.removeprefix(common)
+            ends.append((name, x[-1], y.mean(0)[-1], style))
         axis.set(xlabel=label, xscale=scale, yscale="log")
+        axis.grid(alpha=0.25, which="both")
         if axis is axes[-1]:
             _name_ends(axis, ends)
     axes[0].set_ylabel("validation loss")
+    axes[0].yaxis.set_minor_formatter("{x:.3g}")
+    axes[0].yaxis.set_major_formatter("{x:.3g}")
     for kind in ("png", "svg"):
         figure.savefig(path / f"figure.{kind}", dpi=110)
     plt.close(figure)
 
 
+def _colour(number: int):
+    """Of 20, the saturated ten first."""
+    import matplotlib
+
+    order = [*range(0, 20, 2), *range(1, 20, 2)]
+    return matplotlib.colormaps["tab20"](order[number % 20])
+
+
 def _name_ends(axis, ends) -> None:
-    """Names beside the right edge, in the order of the final losses, in the curves' colours."""
-    low, high = 0.02, 0.98
+    """Names beside the right edge, in the order of the final losses, joined to the curves' ends."""
+    low, high = 0.01, 0.99
     ranked = sorted(ends, key=lambda end: end[2])
-    for i, (name, _, value, colour) in enumerate(ranked):
+    for i, (name, x, value, style) in enumerate(ranked):
         y = low + (high - low) * i / max(len(ranked) - 1, 1)
+        place = {"xy": (x, value), "xytext": (1.12, y), "textcoords": "axes fraction"}
+        arrow = {"arrowstyle": "-", "color": style["color"], "linewidth": 0.6, "alpha": 0.7}
         text = f"{name}  {value:.3g}"
         axis.annotate(
-            text, (1.02, y), xycoords="axes fraction", color=colour, va="center", fontsize=9
+            text, color=style["color"], va="center", fontsize=9, arrowprops=arrow, **place
+        )
+        axis.plot(
+            1.09,
+            y,
+            transform=axis.transAxes,
+            clip_on=False,
+            markersize=5,
+            **style | {"linestyle": ""},
         )
 
 
 def main(_: list[str]) -> None:
     std_logging.getLogger("jax").setLevel(std_logging.WARNING)
-    configs = dict(map(load_config, FLAGS.configs))
+    configs = load_configs(FLAGS.configs)
     for config in configs.values():
         set_fields(config, FLAGS.set)
     setup_devices(next(iter(configs.values())))
