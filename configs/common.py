@@ -3,6 +3,7 @@
 tx, sync     Python expressions over jaxcomm's public names and optax.*, with axis_name,
              learning_rate, steps, warmup_steps and workers in scope
 mode         devices (shard_map), simulate (vmap on one device) or pmap
+resize       go on from a checkpoint of another number of workers (jaxcomm.resize_workers)
 on_failure   what a job does that loses a process: stop, or restart (it ends, keeps its compiled
              programs in the workdir, and `experiments.cluster --restarts=K` starts it again)
 stuck_seconds, standstill_seconds
@@ -39,6 +40,7 @@ def base(task: str, argument: str | None) -> ml_collections.ConfigDict:
     config.evaluate_every = 0 if smoke else 250
     config.checkpoint_every = 10 if smoke else 250
     config.keep = 3
+    config.resize = False
     config.on_failure = "stop"
     config.stuck_seconds = 60.0
     config.standstill_seconds = 1800.0

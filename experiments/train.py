@@ -34,7 +34,7 @@ from jaxcomm.training.watchdog import Watchdog, give_up
 MODES = ("devices", "simulate", "pmap")
 # may differ between two parts of one run
 FREE = ("checkpoint_every", "keep", "log_every", "evaluate_every", "mode", "background")
-FREE += ("on_failure", "stuck_seconds", "standstill_seconds")
+FREE += ("on_failure", "stuck_seconds", "standstill_seconds", "resize")
 ON_FAILURE = ("stop", "restart")
 UNSAVED = 74  # EX_IOERR: a checkpoint could not be written
 COUNTER = "JAXCOMM_COUNTER"
@@ -106,6 +106,7 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any]:
             checkpoint_every=config.checkpoint_every,
             evaluate=task.evaluate,
             evaluate_every=config.evaluate_every,
+            resize=config.resize,
             watchdog=watchdog,
         )
         if run.interrupted:
@@ -160,6 +161,8 @@ def _finished(config: Config, workdir: str) -> dict[str, Any] | None:
     summary = json.loads(path.read_text())
     same = json.loads(json.dumps(_fixed(config), default=list))
     old = {k: v for k, v in summary.get("config", {}).items() if k not in FREE}
+    if config.resize:
+        old["workers"] = same["workers"]
     if old != same:
         names = sorted(k for k in old.keys() | same.keys() if old.get(k) != same.get(k))
         raise ValueError(

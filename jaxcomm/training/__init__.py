@@ -3,6 +3,7 @@
 from jaxcomm.training.checkpoint import Checkpointer, CheckpointError
 from jaxcomm.training.loop import train_loop
 from jaxcomm.training.metrics import MetricsLogger
+from jaxcomm.training.resize import resize_workers
 from jaxcomm.training.step import TrainState, TrainStep, make_train_step
 
 __all__ = [
@@ -12,5 +13,6 @@ __all__ = [
     "TrainState",
     "TrainStep",
     "make_train_step",
+    "resize_workers",
     "train_loop",
 ]

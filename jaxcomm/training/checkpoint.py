@@ -24,6 +24,7 @@ from orbax.checkpoint import v1 as ocp
 
 from jaxcomm.training import _storage
 from jaxcomm.training._checkpoint_files import CheckpointFiles, read_marker, write_marker
+from jaxcomm.training.resize import layout_of, resized, with_workers
 
 _FORMAT = 1
 
@@ -137,7 +138,9 @@ class Checkpointer:
             self.wait()
         return True
 
-    def restore(self, state_like: Any, step: int | None = None) -> tuple[Any, Any, Any]:
+    def restore(
+        self, state_like: Any, step: int | None = None, *, resize: bool = False
+    ) -> tuple[Any, Any, Any]:
         """Reads a checkpoint onto the devices of ``state_like``.
 
         Without ``step`` the latest one is read; if its files are damaged, the one before, with a
@@ -147,6 +150,8 @@ class Checkpointer:
           state_like: a state, or a tree of ``jax.ShapeDtypeStruct`` with shardings, with the
             structure, shapes and dtypes that were saved; the mesh may be another one.
           step: which one to read.
+          resize: a TrainState that was written by another number of workers becomes one of this
+            number, by the rules of ``resize_workers``; every process reads all of it.
 
         Returns:
           ``(state, data_state, extra)``; tuples in the last two come back as lists.
@@ -167,7 +172,7 @@ class Checkpointer:
             )
         for candidate in [step] if step is not None else sorted(found, reverse=True):
             try:
-                result = self._read(candidate, self._dir / found[candidate], state_like)
+                result = self._read(candidate, self._dir / found[candidate], state_like, resize)
             except CorruptCheckpointError as error:
                 if step is not None:
                     raise
@@ -243,13 +248,14 @@ class Checkpointer:
         names = [(step, path.name) for step, path in self._files.found().items()]
         return dict(_storage.from_all(names)[0])
 
-    def _read(self, step: int, path: Path, state_like: Any) -> tuple[Any, Any, Any]:
+    def _read(self, step: int, path: Path, state_like: Any, resize: bool) -> tuple[Any, Any, Any]:
         where = f"checkpoint of step {step} in {self._dir}"
         meta, problem = read_marker(path)
         if problem := next(filter(None, _storage.from_all(problem)), None):
             raise CorruptCheckpointError(f"{where} is corrupt: {problem}")
-        flat = _storage.flatten(state_like)
-        if problem := self._mismatch(meta, flat):
+        written = _as_written(state_like, meta["workers"]) if resize else state_like
+        flat = _storage.flatten(written)
+        if problem := self._mismatch(meta, flat, resize):
             raise CheckpointError(f"{where} {problem}")
         abstract = {key: _storage.abstract(leaf) for key, leaf in flat.items() if _stored(leaf)}
         try:
@@ -257,24 +263,34 @@ class Checkpointer:
                 values = ocp.load(str(path), abstract or _NOTHING)
         except Exception as error:
             raise CheckpointError(f"{where} could not be read: {_line(error)}") from error
-        leaves = [_storage.unpack(values.get(key), leaf) for key, leaf in flat.items()]
+        if written is not state_like:
+            state = _resized(values, written, state_like)
+        else:
+            leaves = [_storage.unpack(values.get(key), leaf) for key, leaf in flat.items()]
+            state = jax.tree.unflatten(jax.tree.structure(state_like), leaves)
         data, extra = _storage.loads(json.dumps([meta["data_state"], meta["extra"]]))
         position = data[jax.process_index() if len(data) == jax.process_count() else 0]
-        return jax.tree.unflatten(jax.tree.structure(state_like), leaves), position, extra
+        return state, position, extra
 
-    def _mismatch(self, meta: dict[str, Any], flat: dict[str, Any]) -> str | None:
+    def _mismatch(self, meta: dict[str, Any], flat: dict[str, Any], resize: bool) -> str | None:
         """What forbids using a checkpoint in this run, as half a sentence."""
         if meta["format"] > _FORMAT:
             return f"was written by a newer jaxcomm ({meta['jaxcomm']}, this one is {_version()})"
         ours, theirs = self._workers, meta["workers"]
-        if None not in (ours, theirs) and ours != theirs:
+        if None not in (ours, theirs) and ours != theirs and not resize:
             return (
                 f"was written by {theirs} workers, this run has {ours}: restore it with "
-                f"{theirs} and use resize_workers(state, {ours})"
+                f"resize=True (--config.resize), or with {theirs} workers and use "
+                f"resize_workers(state, {ours})"
             )
         problem = None
         if self._config is not None and meta["config"] is not None:
-            problem = _storage.config_difference(meta["config"], self._config)
+            free = {"workers"} if resize else set()
+            configs = [
+                {key: value for key, value in config.items() if key not in free}
+                for config in (meta["config"], self._config)
+            ]
+            problem = _storage.config_difference(*configs)
         positions, processes = meta["data_state"], jax.process_count()
         if (
             not problem
@@ -296,6 +312,25 @@ class _Quiet(std_logging.Filter):
 
     def filter(self, record: std_logging.LogRecord) -> bool:
         return "/orbax/checkpoint/" not in Path(record.pathname).as_posix() or logging.level_debug()
+
+
+def _as_written(state_like: Any, workers: int | None) -> Any:
+    """The abstract state of the workers that wrote a checkpoint; `state_like` of as many."""
+    try:
+        same = workers in (None, layout_of(state_like).workers.count)
+        return state_like if same else with_workers(state_like, workers)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+
+
+def _resized(values: dict[str, Any], written: Any, state_like: Any) -> Any:
+    """What was read whole into host memory, for other workers, on the devices of `state_like`."""
+    read = {
+        key: values.get(key, np.zeros(_storage.data_spec(leaf).shape))
+        for key, leaf in _storage.flatten(written).items()
+    }
+    stored = jax.tree.unflatten(jax.tree.structure(written), list(read.values()))
+    return jax.tree.map(_storage.unpack, resized(stored, written, state_like), state_like)
 
 
 def _stored(leaf: Any) -> bool:

@@ -45,6 +45,7 @@ def train_loop(
     checkpoint_every: int = 0,
     evaluate: Callable[[Any], dict[str, float]] | None = None,
     evaluate_every: int = 0,
+    resize: bool = False,
     watchdog: Watchdog | None = None,
 ) -> Run:
     """Trains up to `steps` steps, from the last checkpoint if there is one.
@@ -60,11 +61,12 @@ def train_loop(
       checkpoint_every: steps between two saves; 0 saves at the end only.
       evaluate: validation metrics of one parameter tree, logged every `evaluate_every` steps.
       evaluate_every: steps between two evaluations; 0 for none.
+      resize: a checkpoint may be of another number of workers; see `resize_workers`.
       watchdog: is told of every step.
     """
     account, clock, seconds = Account(step), Stopwatch(), 0.0
     if checkpointer is not None and checkpointer.latest() is not None:
-        state, position, extra = checkpointer.restore(state)
+        state, position, extra = checkpointer.restore(state, resize=resize)
         data.set_state(position)
         account.total, seconds = extra["sent_bytes"], extra["seconds"]
         clock = Stopwatch(seconds)

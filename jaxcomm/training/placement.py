@@ -10,7 +10,10 @@ types of its two branches to agree, so that its state must be typed as varying b
 can say so: the smallest parts of it are with which the trace succeeds.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 
@@ -23,6 +26,63 @@ OWN_CONDITIONAL = (
     "before or after the jaxcomm transform"
 )
 _MISMATCH = "manual axis types do not match"  # in JAX's TypeError
+
+
+@jax.tree_util.register_static
+class Layout:
+    """What the arrays of a state alone do not say: of how many workers it is, what is per worker.
+
+    It travels in `TrainState.layout`, a pytree node without leaves. All layouts count as equal, so
+    that states of two steps have one tree structure and no program is traced again.
+
+    Args:
+      init: `(params, key) -> state` of one worker, inside the axis.
+      workers: how many, and along which axis.
+      places: the state's tree with Place leaves, once it is known.
+      placed: False if the arrays are not yet on the devices of a step.
+    """
+
+    def __init__(
+        self,
+        init: Callable | None = None,
+        workers: Workers | None = None,
+        places=None,
+        placed: bool = True,
+    ):
+        self.init: Any = init
+        self.workers: Any = workers
+        self.places: Any = places
+        self.placed = placed
+
+    def view(self, state, workers: Workers):
+        """What one of `workers` would see of the initial state; abstract."""
+        drop = lambda place, x: x.shape[1:] if place is Place.PER_WORKER else x.shape
+        params = jax.tree.map(
+            lambda place, x: jax.ShapeDtypeStruct(drop(place, x), x.dtype),
+            self.places.params,
+            state.params,
+        )
+        key = jax.ShapeDtypeStruct(state.key.shape, state.key.dtype)
+        return _trace(self.init, workers, (params, key), (Place.REPLICATED,) * 2)[0]
+
+    def at_home(self) -> Layout:
+        """This layout, of arrays that are on their step's devices."""
+        return Layout(self.init, self.workers, self.places)
+
+    def __eq__(self, other):
+        return isinstance(other, Layout)
+
+    def __hash__(self):
+        return hash(Layout)
+
+    def __repr__(self):
+        return f"Layout(workers={self.workers and self.workers.count})"
+
+    def __deepcopy__(self, memo):
+        return self
+
+    def __reduce__(self):  # programs do not travel: a state from a pickle says nothing
+        return Layout, ()
 
 
 def infer_places(init: Callable, step: Callable, workers: Workers, *inputs):
@@ -44,13 +104,13 @@ def infer_places(init: Callable, step: Callable, workers: Workers, *inputs):
         check_same(state, new_state)
         union = jax.tree.map(lambda a, b: a if a is Place.PER_WORKER else b, places, new)
         if union == places:
-            return places, _global(places, state, workers)
+            return places, global_state(places, state, workers)
         places = union
 
 
 def _trace_step(step: Callable, workers: Workers, state, places):
     """The places with which the step can be traced, and what the trace found."""
-    trace = lambda places: _trace(step, workers, (_global(places, state, workers),), (places,))
+    trace = lambda places: _trace(step, workers, (global_state(places, state, workers),), (places,))
     while True:
         try:
             return places, trace(places)
@@ -114,7 +174,7 @@ def _place(x, workers: Workers) -> Place:
     return Place.PER_WORKER if varies else Place.REPLICATED
 
 
-def _global(places, state, workers: Workers):
+def global_state(places, state, workers: Workers):
     """The abstract global state: per-worker leaves get their leading worker axis."""
 
     def leaf(place, x):

@@ -27,7 +27,8 @@ from jaxcomm.collectives.conditional import Choices, record_choices
 from jaxcomm.sync._rule import SyncRule
 from jaxcomm.traffic.count import count
 from jaxcomm.traffic.ledger import METRICS, UNMETERED
-from jaxcomm.training.placement import OWN_CONDITIONAL, check_same, infer_places
+from jaxcomm.training import _storage
+from jaxcomm.training.placement import OWN_CONDITIONAL, Layout, check_same, infer_places
 from jaxcomm.training.workers import Place, Workers
 
 
@@ -40,6 +41,7 @@ class TrainState(NamedTuple):
     sync_state: Any  # of the sync rule; () without one
     key: jax.Array  # shape=(), PRNG key of the run
     skipped: jax.Array  # dtype=jnp.int32: updates skipped because of a non-finite gradient
+    layout: Layout | None = None  # no arrays: what lives where, see resize_workers
 
 
 class TrainStep:
@@ -54,19 +56,24 @@ class TrainStep:
         donate: bool,
     ):
         self.workers = workers
-        self.places: Any = None  # a TrainState of Place, once it is known
+        self.layout = Layout(self._init, workers)
         self.choice_names: tuple[str, ...] = ()  # of `metrics['branches']`, once traced
         self._loss_fn, self._tx = loss_fn, optax.with_extra_args_support(tx)
         self._sync, self._donate = sync, donate
         self._run: Callable | None = None
         self._mean: Callable | None = None
 
+    @property
+    def places(self) -> Any:
+        """A TrainState of Place, once it is known."""
+        return self.layout.places
+
     # One worker's view.
 
     def _init(self, params, key) -> TrainState:
         sync_state = self._sync.init(params) if self._sync else ()
         zero = jnp.zeros((), jnp.int32)
-        state = TrainState(zero, params, self._tx.init(params), sync_state, key, zero)
+        state = TrainState(zero, params, self._tx.init(params), sync_state, key, zero, self.layout)
         return jax.tree.map(_strong, state)
 
     def _step(self, state: TrainState, batch):
@@ -111,7 +118,8 @@ class TrainStep:
                 opt_state = sync.moments(opt_state, initial_fn, sync_state, step)
             params, sync_state = sync.apply(params, sync_state, step)
         skipped = state.skipped + jnp.where(finite, 0, 1)
-        return TrainState(step, params, opt_state, sync_state, state.key, skipped), metrics
+        new = TrainState(step, params, opt_state, sync_state, state.key, skipped, self.layout)
+        return new, metrics
 
     def _agree(self, finite, metrics):
         """One small sum: are everyone's gradients finite, and the means of the metrics."""
@@ -138,7 +146,7 @@ class TrainStep:
         places, state = infer_places(self._init, one_step, self.workers, params, key)
         if self._sync is None and self.workers.count > 1:
             self._check_meeting(one_step, places, state)
-        self.places = places
+        self.layout.places = places
         return state
 
     def _check_meeting(self, one_step, places, state) -> None:
@@ -196,12 +204,15 @@ class TrainStep:
           updates; `branches`, which conditional exchanges took place (for `jaxcomm.traffic`).
 
         Raises:
-          ValueError: the workers do not divide a batch leaf.
+          ValueError: the workers do not divide a batch leaf, or the state is of another number of
+            workers.
         """
         self.workers.check_batch(batch)
+        state = self._own(state)
         if self._run is None:
             self._run = self._compile(state)
-        state, metrics, branches = self.workers.settle(self._run(state, batch))
+        out, metrics, branches = self.workers.settle(self._run(state, batch))
+        state = out._replace(layout=state.layout)
         if self._sync is not None:
             metrics = jax.tree.map(_visible_mean, metrics)
         metrics = {**metrics, "skipped": _visible_sum(state.skipped), "branches": branches}
@@ -209,10 +220,12 @@ class TrainStep:
 
     def lower(self, state: TrainState, batch):
         """The lowered program of one step (see `jax.jit(f).lower`); not under pmap."""
+        state = self._own(state)
         return self._compile(state).lower(state, batch)
 
     def trace(self, state: TrainState, batch):
         """The traced program of one step over the abstract worker axis, in every mode."""
+        state = self._checked(state)
         self._locate(state)
         fn = self.workers.trace_map(self._step, *self._signature())
         abstract = jax.tree.map(_abstract, (state, batch))
@@ -220,7 +233,7 @@ class TrainStep:
 
     def consensus(self, state: TrainState):
         """The one parameter tree to evaluate: the mean over workers where they differ."""
-        self._locate(state)
+        self._locate(self._checked(state))
 
         def leaf(place, x):
             if place is Place.REPLICATED:
@@ -234,6 +247,33 @@ class TrainStep:
                 out_shardings=everywhere,
             )
         return self.workers.settle(self._mean(state.params))
+
+    def _checked(self, state: TrainState) -> TrainState:
+        """The state, if it is one of as many workers; with a layout, if it has none."""
+        layout = state.layout
+        if layout is None or layout.workers is None:
+            return state._replace(layout=self.layout)
+        if (there := layout.workers.count) != (here := self.workers.count):
+            raise ValueError(
+                f"the state is of {there} workers, this step has {here}: give it "
+                f"resize_workers(state, {here})"
+            )
+        return state
+
+    def _own(self, state: TrainState) -> TrainState:
+        """The checked state; one from `resize_workers` is put on this step's devices."""
+        state = self._checked(state)
+        layout = state.layout
+        if layout is None or layout.placed:
+            return state
+        self._locate(state)
+        if self.workers.mesh is not None:
+            state = jax.tree.map(self._put, self.places, state)
+        return state._replace(layout=layout.at_home())
+
+    def _put(self, place: Place, x):
+        spec = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.workers.sharding(place))
+        return _storage.unpack(np.asarray(_storage.pack(x)), spec)
 
     def _compile(self, state: TrainState):
         self._locate(state)
@@ -252,7 +292,7 @@ class TrainStep:
         for params in (state.params, jax.tree.map(drop, state.params)):
             if jax.tree.map(jnp.shape, self.abstract_state(params, state.key)) == shapes:
                 return
-        self.places = None
+        self.layout.places = None
         raise ValueError("the state does not belong to this step: its tree or shapes differ")
 
 
