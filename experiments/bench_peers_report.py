@@ -1,0 +1,296 @@
+"""The rows of `experiments.bench peers` as markdown and a figure.
+
+    exposed  = a step - the same step with its communication removed (codecs stay)
+    overhead = a step - the library's own step without an exchange or a codec
+
+`alone` of PyTorch is the same hook in a group of one, `local` is DDP's `no_sync`.
+"""
+
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from experiments.bench_peers_cases import BY_NAME, DENSE, RAW
+
+Rows = dict[tuple, dict]
+SYNC = lambda name: not BY_NAME[name].rounds
+
+
+def index(rows: Iterable[dict]) -> Rows:
+    """Rows by (kind, size, method, hosts, rate)."""
+    return {tuple(r[k] for k in ("kind", "size", "method", "hosts", "rate")): r for r in rows}
+
+
+def seconds_by_kind(row: dict) -> dict[str, float]:
+    """Median seconds of each kind of step."""
+    kinds = dict.fromkeys(row["kinds"])
+    pairs = list(zip(row["kinds"], row["steps"]))
+    return {k: statistics.median([s for kind, s in pairs if kind == k]) for k in kinds}
+
+
+def clock(rows: Rows, method: str, hosts: int, rate: str) -> np.ndarray | None:
+    """Seconds at the end of every step of the training on a link, or None if not measured.
+
+    A kind of step that was not timed costs what a dense step of DDP costs (DDP's own warm-up), or
+    else what the method's dearest one does.
+    """
+    run = rows.get(("loss", "small", method, hosts, RAW))
+    timed = rows.get(("time", "small", method, hosts, rate))
+    dense = rows.get(("time", "small", DENSE, hosts, rate))
+    if run is None or timed is None:
+        return None
+    known = seconds_by_kind(timed)
+    if dense is not None:
+        known.setdefault("dense", dense["step"])
+    dearest = max(known[kind] for kind in timed["kinds"])
+    return np.cumsum([known.get(kind, dearest) for kind in run["kinds"]])
+
+
+def step_seconds(rows: Rows, method: str, size: str, hosts: int, rate: str) -> float:
+    """Seconds of a step: the median, or of a local method the mean over its training."""
+    if SYNC(method):
+        return rows["time", size, method, hosts, rate]["step"]
+    times = clock(rows, method, hosts, rate)
+    assert times is not None
+    return times[-1] / len(times)
+
+
+def exposed(rows: Rows, method: str, size: str, hosts: int, rate: str) -> float:
+    """Seconds a step that communication takes."""
+    row = rows["time", size, method, hosts, rate]
+    return step_seconds(rows, method, size, hosts, rate) - row["alone"]
+
+
+def overhead(rows: Rows, method: str, size: str, hosts: int, rate: str) -> float:
+    """Seconds a step that the exchange takes, its codec included."""
+    row = rows["time", size, method, hosts, rate]
+    return step_seconds(rows, method, size, hosts, rate) - row["local"]
+
+
+def curve(rows: Rows, method: str, hosts: int, rate: str) -> tuple[np.ndarray, np.ndarray] | None:
+    """Seconds and validation losses of a training on a link."""
+    times = clock(rows, method, hosts, rate)
+    if times is None:
+        return None
+    steps, losses = np.array(rows["loss", "small", method, hosts, RAW]["curve"]).T
+    return np.concatenate([[0.0], times])[steps.astype(int)], losses
+
+
+def final_loss(rows: Rows, method: str, hosts: int) -> float:
+    """Validation loss at the end of the training."""
+    return rows["loss", "small", method, hosts, RAW]["curve"][-1][1]
+
+
+def seconds_to(rows: Rows, method: str, hosts: int, rate: str, target: float) -> float | None:
+    """Wall time at which the validation loss first is at most `target`."""
+    found = curve(rows, method, hosts, rate)
+    if found is None or not (found[1] <= target).any():
+        return None
+    return float(found[0][found[1] <= target][0])
+
+
+def checks(rows: Rows, hosts: int) -> list[tuple[str, str, bool]]:
+    """What the comparison is to show: (statement, figures, whether it holds)."""
+    large = lambda rate: [m for m in BY_NAME if ("time", "large", m, hosts, rate) in rows]
+    found = []
+
+    def compare(text: str, rate: str, one: str, other: str, factor: float) -> None:
+        if one not in large(rate) or other not in large(rate):
+            return
+        for what, figure in (("exposed", exposed), ("overhead", overhead)):
+            a, b = (figure(rows, m, "large", hosts, rate) for m in (one, other))
+            figures = f"{what}: {a:.3f} s against {b:.3f} s, {b / max(a, 1e-4):.1f} times less"
+            found.append((text, figures, b >= factor * a))
+
+    slow, slower = "100mbit", "10mbit"
+    compare(f"dense no more than DDP's, {slow}", slow, "jaxcomm dense", DENSE, 1)
+    sign = "jaxcomm sign, two-phase"
+    compare(f"sign at least 25 x less than dense, {slow}", slow, sign, "jaxcomm dense", 25)
+    pair = "jaxcomm PowerSGD r4", "DDP PowerSGD r4"
+    compare(f"PowerSGD r4 no more than DDP's, {slow}", slow, *pair, 1)
+    if best := _best_pair(rows, hosts, slower, large(slower)):
+        ours, theirs = best
+        losses = f"{final_loss(rows, ours, hosts):.3f} and {final_loss(rows, theirs, hosts):.3f}"
+        text = f"{ours} at least 1.5 x less than {theirs} (losses {losses}), {slower}"
+        compare(text, slower, ours, theirs, 1.5)
+    for rate, factor in ((slow, 10), (slower, 40)):
+        found += _local_check(rows, hosts, rate, factor)
+    return found
+
+
+def _best_pair(rows: Rows, hosts: int, rate: str, names: list[str]) -> tuple[str, str] | None:
+    """Our synchronous method that exposes least at a loss no worse, and DDP's best hook."""
+    trained = [m for m in names if SYNC(m) and ("loss", "small", m, hosts, RAW) in rows]
+    least = lambda ms: min(ms, key=lambda m: exposed(rows, m, "large", hosts, rate), default=None)
+    theirs = least([m for m in trained if BY_NAME[m].library == "torch"])
+    if theirs is None:
+        return None
+    limit = final_loss(rows, theirs, hosts)
+    ours = [m for m in trained if BY_NAME[m].library == "jaxcomm"]
+    best = least([m for m in ours if final_loss(rows, m, hosts) <= limit])
+    return best and (best, theirs)
+
+
+def _local_check(rows: Rows, hosts: int, rate: str, factor: float) -> list[tuple]:
+    if ("loss", "small", DENSE, hosts, RAW) not in rows:
+        return []
+    target = final_loss(rows, DENSE, hosts)
+    dense = seconds_to(rows, DENSE, hosts, rate, target)
+    local = [m for m in BY_NAME if not SYNC(m) and BY_NAME[m].library == "jaxcomm"]
+    times = {m: seconds_to(rows, m, hosts, rate, target) for m in local}
+    reached = {m: t for m, t in times.items() if t is not None}
+    text = f"wall time to the dense loss {target:.3f} at least {factor} x less, {rate}"
+    if dense is None or all(clock(rows, m, hosts, rate) is None for m in local):
+        return []
+    if not reached:
+        return [(text, "no local method reached it in as many steps", False)]
+    best = min(reached, key=lambda m: reached[m])
+    ratio = dense / reached[best]
+    figures = f"{best}: {reached[best]:.1f} s against {dense:.1f} s, {ratio:.1f} times less"
+    return [(text, figures, ratio >= factor)]
+
+
+def report(rows: Iterable[dict], names: list[str], options: str = "") -> str:
+    """The results as markdown; `names` is the order of the methods."""
+    found = index(rows)
+    lines = ["# jaxcomm beside PyTorch DDP", "", f"    python -m experiments.bench peers {options}"]
+    lines = [*lines[:2], lines[2].rstrip(), "", *TEXT.splitlines(), ""]
+    for hosts in sorted({key[3] for key in found}):
+        lines += [f"## {hosts} hosts", ""]
+        if told := checks(found, hosts):
+            lines += ["| to show | measured | holds |", "|---|---|---|"]
+            lines += [f"| {a} | {b} | {'yes' if ok else 'no'} |" for a, b, ok in told]
+            lines.append("")
+        for size in ("large", "small"):
+            lines += _times_table(found, names, size, hosts)
+        lines += _loss_table(found, names, hosts)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+TEXT = """\
+Seconds a step of the slowest host, medians; one thread a process for both libraries, warm-up
+left out, methods in turn in one process a host. `exposed` is a step minus the same step with
+its communication removed (codecs stay; DDP: the same hook in a group of one), `overhead` a step
+minus the same library's step without exchange and codec (DDP: `no_sync`), both in the same run.
+Bytes are those of the interface's counter, a host and step. All hosts share this machine's
+cores. A bucket that was silent passes 0.01 s of bytes (32 kB at least) at once, for everybody.
+Trajectories do not depend on the link: losses are those of one training without a bucket, and
+seconds to a loss are its steps, each at what its kind (local, meeting, ...) costs on the link.
+Validation loss in nats a byte. Of dense methods on the slowest link only few steps are timed.
+"""
+
+
+def _table(heads: list[str], body: list[list[str]]) -> list[str]:
+    rule = "|---|" + "--:|" * (len(heads) - 1)
+    return ["| " + " | ".join(heads) + " |", rule, *("| " + " | ".join(r) + " |" for r in body), ""]
+
+
+def _rates(rows: Rows, size: str, hosts: int) -> list[str]:
+    return list(
+        dict.fromkeys(k[4] for k in rows if k[0] == "time" and k[1] == size and k[3] == hosts)
+    )
+
+
+def _times_table(rows: Rows, names: list[str], size: str, hosts: int) -> list[str]:
+    rates = _rates(rows, size, hosts)
+    heads, body = ["method", "bytes a step"], []
+    for rate in rates:
+        heads += [f"{rate or 'raw'}: step", "exposed", "overhead"]
+    for name in names:
+        there = [rate for rate in rates if ("time", size, name, hosts, rate) in rows]
+        if not there or (not SYNC(name) and clock(rows, name, hosts, there[0]) is None):
+            continue
+        timed = rows["time", size, name, hosts, there[0]]
+        cells = [name, f"{timed['bytes']:,.0f}"]
+        for rate in rates:
+            figures = (step_seconds, exposed, overhead)
+            shown = [f"{f(rows, name, size, hosts, rate):.3f}" for f in figures]
+            cells += shown if rate in there else ["", "", ""]
+        body.append(cells)
+    title = f"Seconds a step, {size} model, {hosts} hosts:"
+    return [title, "", *_table(heads, body)] if body else []
+
+
+def _loss_table(rows: Rows, names: list[str], hosts: int) -> list[str]:
+    trained = [m for m in names if ("loss", "small", m, hosts, RAW) in rows]
+    rates = _rates(rows, "small", hosts)
+    if not trained or DENSE not in trained:
+        return []
+    target = final_loss(rows, DENSE, hosts)
+    heads, body = ["method", "final loss"], []
+    ends = {}
+    for rate in rates:
+        heads += [f"{rate or 'raw'}: s to {target:.3f}", "dense / this", "loss at {:.0f} s"]
+        clocks = [c for m in trained if (c := clock(rows, m, hosts, rate)) is not None]
+        ends[rate] = min(float(c[-1]) for c in clocks)
+        heads[-1] = heads[-1].format(ends[rate])
+    for name in trained:
+        cells = [name, f"{final_loss(rows, name, hosts):.3f}"]
+        for rate in rates:
+            cells += _loss_cells(rows, name, hosts, rate, target, ends[rate])
+        body.append(cells)
+    title = f"The small model's training on {hosts} hosts; the last column of a link: at the time "
+    return [title + "when its fastest method has ended.", "", *_table(heads, body)]
+
+
+def _loss_cells(rows, name, hosts, rate, target, end) -> list[str]:
+    found = curve(rows, name, hosts, rate)
+    if found is None:
+        return ["", "", ""]
+    mine = seconds_to(rows, name, hosts, rate, target)
+    dense = seconds_to(rows, DENSE, hosts, rate, target)
+    at_end = f"{np.interp(end, *found):.3f}"
+    if mine is None or dense is None:
+        return ["not reached", "", at_end]
+    return [f"{mine:.1f}", f"{dense / mine:.1f}", at_end]
+
+
+def draw(rows: Iterable[dict], path: Path) -> None:
+    """Exposed communication, and validation loss against seconds, of the most hosts."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("matplotlib is not installed: no figure (pip install 'jaxcomm[plots]').")
+        return
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    found = index(rows)
+    hosts = max(key[3] for key in found)
+    rates = [r for r in _rates(found, "large", hosts) or _rates(found, "small", hosts) if r][-2:]
+    rates = rates or [RAW]
+    size = (5 * (len(rates) + 1) + 2, 5)
+    figure, axes = plt.subplots(1, len(rates) + 1, figsize=size, layout="constrained")
+    _bars(axes[0], found, hosts, rates)
+    for axis, rate in zip(axes[1:], rates):
+        _curves(axis, found, hosts, rate)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _bars(axis, rows: Rows, hosts: int, rates: list[str]) -> None:
+    names = [m for m in BY_NAME if ("time", "large", m, hosts, rates[0]) in rows]
+    for i, rate in enumerate(rates):
+        there = [j for j, m in enumerate(names) if ("time", "large", m, hosts, rate) in rows]
+        y = [j + 0.4 * i for j in there]
+        values = [max(exposed(rows, names[j], "large", hosts, rate), 1e-3) for j in there]
+        axis.barh(y, values, 0.38, label=rate or "raw")
+    axis.set_yticks(range(len(names)), names, fontsize=8)
+    axis.invert_yaxis()
+    axis.set(xscale="log", xlabel=f"exposed communication, s a step, {hosts} hosts")
+    if names:
+        axis.legend(fontsize=8)
+
+
+def _curves(axis, rows: Rows, hosts: int, rate: str) -> None:
+    for name, method in BY_NAME.items():
+        found = curve(rows, name, hosts, rate)
+        if found is not None:
+            style = {"torch": "--", "jax": ":"}.get(method.library, "-")
+            axis.plot(found[0][1:], found[1][1:], style, label=name, linewidth=1.2)
+    axis.set(xscale="log", xlabel=f"seconds, {hosts} hosts, {rate or 'raw'}")
+    axis.set_ylabel("validation loss")
+    if axis.lines:
+        axis.legend(fontsize=6)

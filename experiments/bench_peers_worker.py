@@ -1,0 +1,246 @@
+"""One host's part of `experiments.bench peers`: trains and times methods, reads its counter.
+
+    python -m experiments.bench_peers_worker TODO.json ROWS.jsonl
+
+TODO.json has the cases and the numbers of steps; rank 0 appends a line to ROWS.jsonl for each.
+Both libraries run in this process, one thread each, and methods of both take turns. Hosts are
+started behind a bucket; here each sets its own to the rate of the case, or removes it.
+"""
+
+import dataclasses
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from experiments import netns
+from experiments.bench_peers_cases import BY_NAME, RAW, Case, Method, config
+from experiments.bench_peers_jax import Arrays, Jaxcomm, PlainJax, export, restore
+from experiments.schedules import learning_rate
+from experiments.tasks import make_task
+from jaxcomm.training.distributed import initialize
+
+LOOPBACK = "/sys/class/net/lo/statistics/tx_bytes"
+FEWEST, MOST = 2, 12  # timed steps of a method that meets in every one
+EVALUATIONS = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What TODO.json says, beside the cases."""
+
+    steps: int  # of a training
+    seconds: float  # of a timed case, about
+
+
+class Bench:
+    """What all cases of this process share."""
+
+    def __init__(self, plan: Plan):
+        self.plan, self.hosts, self.rank = plan, jax.process_count(), jax.process_index()
+        self._connected = False
+        self._tasks: dict[str, Any] = {}
+        self._baselines: dict[str, PlainJax] = {}
+
+    def task(self, size: str):
+        """Config, task, initial parameters and learning rates of a size."""
+        if size not in self._tasks:
+            cfg = config(size, self.hosts, self.plan.steps)
+            task = make_task(cfg)
+            params = jax.device_get(task.init(jax.random.key(cfg.seed)))
+            with jax.default_device(jax.local_devices()[0]):
+                rates = np.asarray(jax.vmap(learning_rate(cfg))(np.arange(self.plan.steps)))
+            self._tasks[size] = cfg, task, params, rates
+        return self._tasks[size]
+
+    def batches(self, size: str) -> Iterator[np.ndarray]:
+        """This host's part of every global batch."""
+        cfg, task, _, _ = self.task(size)
+        data = task.train_iterator(cfg.batch_size, cfg.seed, self.rank, self.hosts)
+        return (batch["tokens"] for batch in data)
+
+    def peer(self, method: Method, size: str, start: int = 1):
+        """The method, at its initial parameters; after `start` steps workers may go apart."""
+        cfg, task, params, rates = self.task(size)
+        if method.library == "jaxcomm":
+            return Jaxcomm(method, cfg, task, params)
+        if method.library == "jax":
+            return PlainJax(cfg, task, params)
+        from experiments import bench_peers_torch
+
+        if not self._connected:
+            host, _, port = os.environ["JAXCOMM_COORDINATOR"].rpartition(":")
+            interface = "eth0" if _counter_path() else "lo"
+            address = f"tcp://{host}:{int(port) + 1}"
+            bench_peers_torch.connect(self.rank, self.hosts, address, interface)
+            self._connected = True
+        rate = lambda step: float(rates[min(step, len(rates) - 1)])
+        return bench_peers_torch.Peer(method.hook, cfg.task, export(params), rate, self.plan.steps)
+
+    def local(self, method: Method, size: str, peer) -> Callable[[np.ndarray], None]:
+        """A step of this library without an exchange or a codec."""
+        if method.library == "torch":
+            return peer.local
+        if method.library == "jax":
+            return peer.alone
+        if size not in self._baselines:
+            cfg, task, params, _ = self.task(size)
+            self._baselines[size] = PlainJax(cfg, task, params)
+        return self._baselines[size].alone
+
+    def loss(self, case: Case) -> dict:
+        """Validation loss along a training; the kind of every step."""
+        method, start = BY_NAME[case.method], max(1, self.plan.steps // 10)
+        peer, batches = self.peer(method, case.size, start), self.batches(case.size)
+        every = max(1, self.plan.steps // EVALUATIONS)
+        kinds, curve, spent = [], [(0, self._evaluate(case.size, peer.params()))], 0.0
+        for done in range(1, self.plan.steps + 1):
+            tokens, before = next(batches), time.perf_counter()
+            kinds.append(peer.step(tokens))
+            spent += time.perf_counter() - before
+            if done % every == 0 or done == self.plan.steps:
+                curve.append((done, self._evaluate(case.size, peer.params())))
+        return {"kinds": kinds, "curve": curve, "seconds": spent}
+
+    def _evaluate(self, size: str, arrays: Arrays) -> float:
+        """By the same program for all; the other hosts' cores are better used."""
+        if self.rank:
+            return 0.0
+        _, task, params, _ = self.task(size)
+        with jax.default_device(jax.local_devices()[0]):
+            return task.evaluate(restore(arrays, params))["validation_loss"]
+
+    def times(self, cases: list[Case]) -> Iterator[dict]:
+        """One method on one link after the other; compiled and warmed up once, on the fastest."""
+        method, size = BY_NAME[cases[0].method], cases[0].size
+        set_rate(RAW)
+        peer, batches = self.peer(method, size), self.batches(size)
+        local = self.local(method, size, peer)
+        alone = local if method.rounds else peer.alone
+        for _ in range(3):  # DDP rebuilds its buckets after the first; PowerSGD starts at the third
+            tokens = next(batches)
+            for call in (peer.step, alone, local):
+                call(tokens)
+        for case in cases:
+            _meet()
+            set_rate(case.rate)
+            yield self._time(method.rounds, batches, peer.step, alone, local)
+        set_rate(RAW)
+
+    def _time(self, rounds: int, batches, step, alone, local) -> dict:
+        quiet, load = _bytes_of(_meet, 4) / 2, os.getloadavg()[0]
+        kinds, sent, times, planned = [], [], [], rounds
+        while len(times) < (planned or FEWEST):
+            tokens = next(batches)
+            before = _counter()
+            seconds, kind = _seconds(step, tokens)
+            _meet()
+            sent.append(_counter() - before - quiet)
+            # a local method's steps between meetings are all alike: a few comparisons do
+            others = len(times) < 4 or not rounds
+            pair = [_seconds(f, tokens)[0] for f in (alone, local)] if others else [np.nan] * 2
+            kinds.append(kind)
+            times.append([seconds, *pair])
+            if not planned:  # all hosts must agree
+                slowest = _gather([seconds])[:, 0].max()
+                planned = int(np.clip(self.plan.seconds / slowest, FEWEST, MOST))
+        everyone = _gather(times)  # (hosts, steps, 3)
+        slowest = everyone.max(0)
+        share = 1 if _counter_path() else self.hosts  # all hosts have one loopback
+        return {
+            "kinds": kinds,
+            "steps": slowest[:, 0].tolist(),
+            "step": statistics.median(slowest[:, 0].tolist()),
+            "alone": float(np.nanmedian(slowest[:, 1])),
+            "local": float(np.nanmedian(slowest[:, 2])),
+            "bytes": float(_gather([sent]).mean((0, 1)).mean() / share),
+            "load": load,
+        }
+
+
+def _gather(values) -> np.ndarray:
+    return np.asarray(multihost_utils.process_allgather(np.asarray(values, np.float64)))
+
+
+def _meet() -> None:
+    """All hosts wait for each other; some hundred bytes."""
+    multihost_utils.sync_global_devices("bench peers")
+
+
+def _seconds(call: Callable, tokens) -> tuple[float, Any]:
+    _meet()
+    start = time.perf_counter()
+    result = call(tokens)
+    return time.perf_counter() - start, result
+
+
+def _counter_path() -> str | None:
+    return os.environ.get("JAXCOMM_COUNTER")
+
+
+def _counter() -> int:
+    return int(Path(_counter_path() or LOOPBACK).read_text())
+
+
+def _bytes_of(call: Callable[[], None], repeats: int) -> float:
+    """Bytes that twice so many calls send, a pair."""
+    before = _counter()
+    for _ in range(2 * repeats):
+        call()
+    return 2 * (_counter() - before) / repeats
+
+
+def set_rate(rate: str) -> None:
+    """Throttles what this host sends from now on, as `netns.Network` does; RAW: not at all."""
+    if not _counter_path():
+        return
+    device = ["dev", "eth0", "root"]
+    subprocess.run(["tc", "qdisc", "del", *device], capture_output=True)  # there may be none
+    if rate == RAW:
+        return
+    bits = netns.parse_rate(rate)
+    burst = min(max(bits / 8 * netns.BURST_SECONDS, netns.BURST_BYTES[0]), netns.BURST_BYTES[1])
+    bucket = f"tbf rate {bits:.0f}bit burst {burst:.0f}b latency {netns.LATENCY * 1e3:.0f}ms"
+    subprocess.run(["tc", "qdisc", "add", *device, *bucket.split()], check=True)
+
+
+def main(todo: str, rows: str) -> None:
+    initialize()
+    content = json.loads(Path(todo).read_text())
+    bench = Bench(Plan(**content["plan"]))
+    cases = [Case(**case) for case in content["cases"]]
+    # neighbours that differ in their link only share a program
+    groups = itertools.groupby(cases, lambda c: (c.kind, c.size, c.method))
+    for (kind, _, _), group in groups:
+        same = list(group)
+        if kind == "loss":
+            set_rate(RAW)
+        results = (bench.loss(c) for c in same) if kind == "loss" else bench.times(same)
+        for case, result in zip(same, results):
+            if jax.process_index() == 0:
+                with open(rows, "a") as file:
+                    file.write(json.dumps(dataclasses.asdict(case) | result) + "\n")
+                print(_line(case, result), flush=True)
+
+
+def _line(case: Case, result: dict) -> str:
+    link = case.rate or "raw"
+    if case.kind == "loss":
+        mean = result["seconds"] / len(result["kinds"])
+        return f"{case.method}: loss {result['curve'][-1][1]:.3f}, {mean:.4f} s a step, {link}"
+    times = " ".join(f"{k} {result[k]:.4f}" for k in ("step", "alone", "local"))
+    return f"{case.method}, {case.size}, {link}: {times} s, {result['bytes']:,.0f} bytes"
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
