@@ -51,7 +51,7 @@ class BackgroundStep(TrainStep):
     def __call__(self, state: TrainState, batch) -> tuple[TrainState, dict]:
         """As TrainStep's; returns when everything is dispatched."""
         self._locate(state)
-        self._local.places = self.places._replace(sync_state=())
+        self._local.layout.places = self.places._replace(sync_state=())
         step = int(state.step) + 1
         if step == self._parts.total_steps:
             sync_state = self._carry(state.sync_state, self.workers)
@@ -76,6 +76,19 @@ class BackgroundStep(TrainStep):
         if any(launched) or any(arrived):
             self.workers.settle(state.params)
         return state, {**metrics, "branches": branches}
+
+    def alone(self, state: TrainState, batch) -> tuple[TrainState, dict]:
+        """A local step without the rule; `state.sync_state` is (). For measuring."""
+        return self._local(state, batch)
+
+    def transfers(self, state: TrainState):
+        """The transfers of a round and nothing else, one after the other. For measuring."""
+        self._locate(state)
+        sync_state = state.sync_state
+        for p in range(self._parts.slots):
+            parcel = self._leave(state.params, sync_state, p)
+            sync_state = self._travel(parcel, sync_state, p, int(state.step))
+        return sync_state
 
     # The parts of a meeting.
 
@@ -142,8 +155,9 @@ class BackgroundStep(TrainStep):
         sharding, targets = workers.sharding(place), self._devices[workers is self._hosts]
         if sharding is None:  # simulated
             return jax.device_put(x, targets[0])
-        if not isinstance(x, jax.Array):
-            return jax.make_array_from_callback(np.shape(x), sharding, lambda _: np.asarray(x))
+        if not isinstance(x, jax.Array) or not x.size:  # XLA lays out empty arrays as it likes
+            known = np.zeros(x.shape, x.dtype) if not x.size else np.asarray(x)
+            return jax.make_array_from_callback(known.shape, sharding, lambda where: known[where])
         held = {self._at[s.device]: s.data for s in x.addressable_shards}
         own = [i for i, d in enumerate(targets) if d.process_index == jax.process_index()]
         shards = [jax.device_put(held[i], targets[i]) for i in own]
