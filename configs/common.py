@@ -4,8 +4,11 @@ tx, sync     Python expressions over jaxcomm's public names and optax.*, with ax
              learning_rate, steps, warmup_steps and workers in scope
 mode         devices (shard_map), simulate (vmap on one device) or pmap
 resize       go on from a checkpoint of another number of workers (jaxcomm.resize_workers)
-on_failure   what a job does that loses a process: stop, or restart (it ends, keeps its compiled
-             programs in the workdir, and `experiments.cluster --restarts=K` starts it again)
+on_failure   what a job does that loses a process: stop; restart (it ends, keeps its compiled
+             programs in the workdir, and `experiments.cluster --restarts=K` starts it again); or
+             continue with those that are left, see `jaxcomm.training.elastic`
+snapshot_every
+             with continue: steps between two copies of the state to host memory
 stuck_seconds, standstill_seconds
              a process without a sign of life, or a job without a step, for so long ends; 0: never
 background   make the transfers of an overlapped sync rule beside the computation
@@ -42,6 +45,7 @@ def base(task: str, argument: str | None) -> ml_collections.ConfigDict:
     config.keep = 3
     config.resize = False
     config.on_failure = "stop"
+    config.snapshot_every = 1
     config.stuck_seconds = 60.0
     config.standstill_seconds = 1800.0
     return config

@@ -13,7 +13,8 @@ stuck) is ended and started again, with a fresh port, so that it goes on from it
 Not started again: what ended well, timed out, was stopped by a signal to this program, or was the
 user's mistake (code 2). With `--fewer_hosts=M` a rank that was the first to fail in two attempts
 in a row is a host that is gone, and the next attempt has one host less, down to M. JAXCOMM_ATTEMPT
-tells a process which attempt it is part of, from 0.
+tells a process which attempt it is part of, from 0. With `--losses=K` up to K processes other than
+rank 0 may fail while the others go on, if the program can (config.on_failure=continue).
 
 The exit code is 0, or that of the rank that failed (128 + the number of the signal that killed it),
 124 after a time-out, 130 after Ctrl-C, 2 if the job could not be started.
@@ -58,6 +59,7 @@ class Job:
       timeout: seconds after which the job is ended; None for no limit.
       grace: seconds between SIGTERM and SIGKILL for processes that have to be ended.
       restarts: how often the job is started again after it lost a process.
+      losses: how many processes other than rank 0 may fail while the others go on.
       fewer_hosts: with how few hosts it may go on; None for always `hosts`.
 
     Raises:
@@ -72,6 +74,7 @@ class Job:
     grace: float = 5.0
     restarts: int = 0
     fewer_hosts: int | None = None
+    losses: int = 0
 
     def __post_init__(self):
         if not self.arguments:
@@ -85,8 +88,9 @@ class Job:
             raise ValueError(f"timeout must be positive, got {self.timeout:g}")
         if not self.grace >= 0:
             raise ValueError(f"grace must not be negative, got {self.grace:g}")
-        if self.restarts < 0:
-            raise ValueError(f"restarts must not be negative, got {self.restarts}")
+        for name in ("restarts", "losses"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if self.fewer_hosts is not None and not 1 <= self.fewer_hosts <= self.hosts:
             raise ValueError(f"fewer_hosts must be from 1 to {self.hosts}, got {self.fewer_hosts}")
         if self.rate is not None:
@@ -167,7 +171,12 @@ def launch(job: Job) -> Report:
             commands = _commands(job, network, len(failures), hosts)
             started = time.monotonic()
             outcome = processes.run(
-                commands, events, timeout=job.timeout, grace=job.grace, deadline=deadline
+                commands,
+                events,
+                timeout=job.timeout,
+                grace=job.grace,
+                deadline=deadline,
+                losses=job.losses,
             )
             if not starts_again(outcome, job.restarts - len(failures)):
                 break
@@ -261,12 +270,16 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_integer(
         "fewer_hosts", None, "With how few hosts to go on; default: all.", flag_values=values
     )
+    flags.DEFINE_integer(
+        "losses", 0, "Processes that may fail while the others go on.", flag_values=values
+    )
     flags.DEFINE_string("workdir", None, "Where to write cluster.json.", flag_values=values)
 
 
 def main(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> int:
     """Runs what the flags and the arguments after `--` say; returns the exit code."""
-    names = ("hosts", "rate", "devices_per_host", "timeout", "grace", "restarts", "fewer_hosts")
+    names = ("hosts", "rate", "devices_per_host", "timeout", "grace")
+    names += ("restarts", "fewer_hosts", "losses")
     try:
         job = Job(tuple(argv[1:]), **{name: getattr(values, name) for name in names})
         if values.workdir:

@@ -98,8 +98,9 @@ def run(
     timeout: float | None = None,
     grace: float = 5.0,
     deadline: float | None = None,
+    losses: int = 0,
 ) -> Outcome:
-    """Runs one process a command until all have ended well, or one has not.
+    """Runs one process a command until all have ended well, or one (or more than `losses`) has not.
 
     Args:
       commands: the i-th is that of rank i.
@@ -107,6 +108,7 @@ def run(
       timeout: seconds after which the job is ended; None for no limit.
       grace: seconds between SIGTERM and SIGKILL for those that have to be ended.
       deadline: when the time is up (of `time.monotonic`); default: `timeout` from now.
+      losses: how many processes may fail, other than rank 0, while the others go on.
 
     Returns:
       how the job ended; every process that it started has ended by then.
@@ -118,7 +120,7 @@ def run(
     try:
         for rank, command in enumerate(commands):
             ranks.append(_Process(rank, command, events.put))
-        verdict = _watch(ranks, events, deadline, timeout)
+        verdict = _watch(ranks, events, deadline, timeout, losses)
     finally:
         stopped = {process.rank for process in ranks if process.exit_code is None}
         _stop(ranks, events, grace)
@@ -193,7 +195,11 @@ def _forward(prefix: str, source, target: TextIO) -> None:
 
 
 def _watch(
-    ranks: list[_Process], events: Events, deadline: float | None, timeout: float | None
+    ranks: list[_Process],
+    events: Events,
+    deadline: float | None,
+    timeout: float | None,
+    losses: int = 0,
 ) -> tuple[int, str | None]:
     """Exit code and reason, once the job is over or has to be ended."""
     running = {process.rank for process in ranks}
@@ -205,6 +211,10 @@ def _watch(
             return 128 + event, f"got {event.name}; ended {_names(running)}"
         running.remove(event)
         if code := ranks[event].reap():
+            if event != 0 and losses > 0 and running:
+                losses -= 1
+                print(f"lost rank {event}, which {describe(code)}", file=sys.stderr, flush=True)
+                continue
             others = f"; ended {_names(running)}" if running else ""
             return _shell_code(code), f"rank {event} {describe(code)}{others}"
     return 0, None

@@ -26,6 +26,7 @@ from experiments.schedules import learning_rate
 from experiments.tasks import make_task
 from jaxcomm.training.checkpoint import Checkpointer, CheckpointError
 from jaxcomm.training.distributed import initialize
+from jaxcomm.training.elastic import ElasticStep, prepare
 from jaxcomm.training.loop import train_loop
 from jaxcomm.training.metrics import MetricsLogger, device_arithmetic, prepare_workdir
 from jaxcomm.training.step import TrainStep, make_train_step
@@ -34,14 +35,17 @@ from jaxcomm.training.watchdog import Watchdog, give_up
 MODES = ("devices", "simulate", "pmap")
 # may differ between two parts of one run
 FREE = ("checkpoint_every", "keep", "log_every", "evaluate_every", "mode", "background")
-FREE += ("on_failure", "stuck_seconds", "standstill_seconds", "resize")
-ON_FAILURE = ("stop", "restart")
+FREE += ("on_failure", "snapshot_every", "stuck_seconds", "standstill_seconds", "resize")
+ON_FAILURE = ("stop", "restart", "continue")
 UNSAVED = 74  # EX_IOERR: a checkpoint could not be written
 COUNTER = "JAXCOMM_COUNTER"
 
 
-def make_step(config: Config, loss_fn) -> TrainStep:
-    """The train step that the config describes; see `configs/common.py` for its fields."""
+def make_step(config: Config, loss_fn, devices: list[jax.Device] | None = None) -> TrainStep:
+    """The train step that the config describes; see `configs/common.py` for its fields.
+
+    With `devices` it has one worker on each of them, whatever the config's number.
+    """
     if config.mode not in MODES:
         raise ValueError(f"config.mode must be one of {', '.join(MODES)}, got {config.mode!r}")
     if config.on_failure not in ON_FAILURE:
@@ -53,14 +57,15 @@ def make_step(config: Config, loss_fn) -> TrainStep:
         "learning_rate": learning_rate(config),
         "steps": config.steps,
         "warmup_steps": config.learning_rate.warmup_steps,
-        "workers": config.workers,
+        "workers": len(devices) if devices else config.workers,
     }
     tx = expression(config.tx, "config.tx", **scope)
     sync = expression(config.sync, "config.sync", **scope) if config.sync else None
     way: dict[str, Any] = {"simulate": config.workers}
     if config.mode != "simulate":
         _check_devices(config)
-        way = {"pmap": config.workers} if config.mode == "pmap" else {"mesh": _mesh(config)}
+        pmap = config.mode == "pmap"
+        way = {"pmap": config.workers} if pmap else {"mesh": _mesh(config, devices)}
     way["background"] = config.background
     return make_train_step(loss_fn, tx, axis_name=config.axis_name, sync=sync, **way)
 
@@ -76,7 +81,11 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any]:
         )
     prepare_workdir(workdir)
     task = make_task(config)
-    step = make_step(config, task.loss_fn)
+    watchdog = Watchdog(config.stuck_seconds, config.standstill_seconds)
+    elastic = config.on_failure == "continue" and jax.process_count() > 1
+    step: Any = (
+        _elastic(config, task.loss_fn, watchdog) if elastic else make_step(config, task.loss_fn)
+    )
     params = jax.device_get(task.init(jax.random.key(config.seed)))
     state = step.init(params, jax.random.key(config.seed + 1))
     data = task.train_iterator(
@@ -92,7 +101,7 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any]:
             keep=config.keep,
         ) as checkpointer,
         MetricsLogger(workdir, total_steps=config.steps, is_main=main) as logger,
-        Watchdog(config.stuck_seconds, config.standstill_seconds) as watchdog,
+        watchdog,
         _named_failures(watchdog),
     ):
         run = train_loop(
@@ -123,7 +132,9 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any]:
             "dense_over_sent": run.dense_step_bytes * config.steps / max(run.sent_bytes, 1),
             "seconds": run.seconds,
             "skipped": int(run.state.skipped.sum()),
-            **_counted(counter),
+            **(
+                {"lost_workers": lost} if (lost := getattr(step, "lost", ())) else _counted(counter)
+            ),
             **{k: task.metadata[k] for k in ("unigram_entropy",) if k in task.metadata},
             "task": task.metadata,
             "device": device_arithmetic(),
@@ -173,10 +184,11 @@ def _finished(config: Config, workdir: str) -> dict[str, Any] | None:
     return summary
 
 
-def _counted(before: int | None) -> dict[str, int]:
+def _counted(before: int | None, step: Any) -> dict[str, int]:
     """What this host's interface has transmitted since, if there is a counter."""
-    if before is None:
-        return {}
+    lost = getattr(step, "lost", ())
+    if before is None or lost:  # who waits for the dead waits long
+        return {"lost_processes": len(lost)} if lost else {}
     multihost_utils.sync_global_devices("counter")  # until then others may still be receiving
     return {"counter_bytes": (_counter() or 0) - before}
 
@@ -195,14 +207,33 @@ def _check_devices(config: Config) -> None:
         )
 
 
-def _mesh(config: Config) -> jax.sharding.Mesh:
+def _mesh(config: Config, devices: list[jax.Device] | None) -> jax.sharding.Mesh:
+    axis_types = (jax.sharding.AxisType.Auto,)
+    return jax.sharding.Mesh(
+        devices or _devices(config), (config.axis_name,), axis_types=axis_types
+    )
+
+
+def _devices(config: Config) -> list[jax.Device]:
+    """The same number from every process."""
     share = config.workers // jax.process_count()
-    devices = [
+    return [
         d
         for i in range(jax.process_count())
         for d in [d for d in jax.devices() if d.process_index == i][:share]
     ]
-    return jax.sharding.Mesh(devices, (config.axis_name,), axis_types=(jax.sharding.AxisType.Auto,))
+
+
+def _elastic(config: Config, loss_fn, watchdog: Watchdog) -> ElasticStep:
+    """A step that outlives some of its processes."""
+    if config.mode != "devices" or config.background:
+        raise ValueError("config.on_failure=continue needs config.mode=devices, background=False")
+    return ElasticStep(
+        lambda devices: make_step(config, loss_fn, devices),
+        _devices(config),
+        every=config.snapshot_every,
+        watchdog=watchdog,
+    )
 
 
 def setup_devices(config: Config) -> None:
@@ -227,7 +258,7 @@ def main(_: list[str]) -> None:
     config = FLAGS.config
     job.export()
     setup_devices(config)
-    initialize()
+    initialize(**(prepare() if config.on_failure == "continue" else {}))
     workdir = FLAGS.workdir or default_workdir(config_flags.get_config_filename(FLAGS["config"]))
     if config.on_failure != "stop":
         job.keep_programs(str(Path(workdir).absolute() / "compiled"))

@@ -75,7 +75,7 @@ def train_loop(
     started = False
 
     def save():
-        if checkpointer is not None:
+        if checkpointer is not None and not getattr(step, "lost", ()):  # or wait for the dead
             extra = {"sent_bytes": account.settle(), "seconds": seconds}
             checkpointer.save(done, state, data_state=data.get_state(), extra=extra)
 
@@ -120,6 +120,7 @@ class Account:
     def __init__(self, step: TrainStep):
         self.total = 0.0
         self._step, self._traffic, self._branches = step, None, []
+        self._count = step.workers.count
 
     @property
     def unseen(self) -> bool:
@@ -127,7 +128,10 @@ class Account:
         return self._traffic is None
 
     def see(self, state: TrainState, batch) -> None:
-        """Traces the step, once."""
+        """Traces the step, once for every number of workers."""
+        if self._count != self._step.workers.count:
+            self.settle()
+            self._count, self._traffic = self._step.workers.count, None
         if self.unseen:
             self._traffic = traffic(self._step, state, batch)
 
