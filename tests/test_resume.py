@@ -20,6 +20,7 @@ from jaxcomm.training.checkpoint import Checkpointer
 ROOT = Path(__file__).parent.parent
 TX = "optax.chain(optax.trace(0.9), ef21(top_k(0.01), axis_name), optax.adamw(learning_rate))"
 SYNC = "diloco(axis_name, 7, total_steps=steps)"
+EAGER = "eager_diloco(axis_name, 7, total_steps=steps)"
 
 
 def start(workdir: Path, *overrides: str) -> subprocess.Popen:
@@ -55,7 +56,7 @@ def lines(workdir: Path) -> list[dict]:
 def leaves(workdir: Path, overrides: tuple[str, ...]) -> dict[str, np.ndarray]:
     """Every leaf of the last checkpoint's state."""
     config = digits_dense.get_config("smoke")
-    config.update(dict(o.split("=", 1) for o in overrides))
+    config.update({k: v == "True" or v for k, v in (o.split("=", 1) for o in overrides)})
     task = make_task(config)
     step = make_step(config, task.loss_fn)
     like = step.init(task.init(jax.random.key(7)), jax.random.key(8))
@@ -81,8 +82,14 @@ def _bits(x) -> np.ndarray:
             128 + 15,
             marks=pytest.mark.slow,
         ),
+        pytest.param(
+            ("tx=optax.adamw(learning_rate)", f"sync={EAGER}", "background=True"),
+            signal.SIGKILL,
+            -signal.SIGKILL,
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=["error memory, SIGKILL", "in mid-round, SIGTERM"],
+    ids=["error memory, SIGKILL", "in mid-round, SIGTERM", "a transfer in flight, SIGKILL"],
 )
 def test_killed_run_goes_on_bit_for_bit(overrides, sign, code, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
