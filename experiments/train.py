@@ -41,7 +41,7 @@ UNSAVED = 74  # EX_IOERR: a checkpoint could not be written
 COUNTER = "JAXCOMM_COUNTER"
 
 
-def make_step(config: Config, loss_fn, devices: list[jax.Device] | None = None) -> TrainStep:
+def make_step(config: Config, loss_fn, devices: list[Any] | None = None) -> TrainStep:
     """The train step that the config describes; see `configs/common.py` for its fields.
 
     With `devices` it has one worker on each of them, whatever the config's number.
@@ -132,9 +132,7 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any]:
             "dense_over_sent": run.dense_step_bytes * config.steps / max(run.sent_bytes, 1),
             "seconds": run.seconds,
             "skipped": int(run.state.skipped.sum()),
-            **(
-                {"lost_workers": lost} if (lost := getattr(step, "lost", ())) else _counted(counter)
-            ),
+            **_counted(counter, step),
             **{k: task.metadata[k] for k in ("unigram_entropy",) if k in task.metadata},
             "task": task.metadata,
             "device": device_arithmetic(),
@@ -207,14 +205,14 @@ def _check_devices(config: Config) -> None:
         )
 
 
-def _mesh(config: Config, devices: list[jax.Device] | None) -> jax.sharding.Mesh:
+def _mesh(config: Config, devices: list[Any] | None) -> jax.sharding.Mesh:
     axis_types = (jax.sharding.AxisType.Auto,)
     return jax.sharding.Mesh(
         devices or _devices(config), (config.axis_name,), axis_types=axis_types
     )
 
 
-def _devices(config: Config) -> list[jax.Device]:
+def _devices(config: Config) -> list[Any]:
     """The same number from every process."""
     share = config.workers // jax.process_count()
     return [

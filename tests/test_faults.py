@@ -39,8 +39,9 @@ def test_a_silent_process_is_named_with_its_last_step():
     assert sentence == "rank 2 (last at step 5) is stuck or gone: no sign of life for 11.0 s"
 
 
-def test_a_process_that_never_beat_is_named():
-    _, sentence = live(watched(), 1, 100, lambda t: {0: Beat(t, t)})
+def test_a_process_that_never_beat_has_time_to_start():
+    when, sentence = live(watched(), 1, 1000, lambda t: {0: Beat(t, t)})
+    assert when == 301
     assert sentence.startswith("rank 2 (last at step 0) is stuck or gone")
 
 

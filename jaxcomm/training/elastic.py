@@ -67,8 +67,8 @@ class ElasticStep:
 
     def __init__(
         self,
-        make: Callable[[list[jax.Device]], TrainStep],
-        devices: list[jax.Device],
+        make: Callable[[list[Any]], TrainStep],
+        devices: list[Any],
         *,
         every: int = 1,
         watchdog: Watchdog | None = None,
@@ -114,7 +114,7 @@ class ElasticStep:
                 logging.warning("going on after %.1f s", self.recovery_seconds)
             return result
 
-    def _rebuild(self, living: list[jax.Device]) -> tuple[TrainState, Any]:
+    def _rebuild(self, living: list[Any]) -> tuple[TrainState, Any]:
         """The state and the batch of the step that failed, for those that are left."""
         assert self._snapshot is not None
         alive = set(living)

@@ -23,6 +23,7 @@ from jaxcomm.training.distributed import client
 TRY_AGAIN = 75  # EX_TEMPFAIL: what it means to supervisors, SLURM and Kubernetes is up to them
 PREFIX = "jaxcomm/beats/"
 FINISHED = -1
+START_SECONDS = 300.0  # a process that has not beaten yet may still read its data
 
 
 class Beat(NamedTuple):
@@ -84,7 +85,8 @@ class Watch:
                 "rank 0 is stuck or unreachable: its coordination service has not answered for "
                 f"{now - self._answered:.1f} s{last}"
             )
-        silent = [r for r, (_, heard) in sorted(running.items()) if now - heard > silence]
+        limit = lambda beat: silence if beat.count else max(silence, START_SECONDS)
+        silent = [r for r, (beat, h) in sorted(running.items()) if now - h > limit(beat)]
         if silent:
             worst = max(now - running[r][1] for r in silent)
             are = "is" if len(silent) == 1 else "are"
@@ -190,7 +192,9 @@ class Watchdog:
         while not self._stop.wait(self._interval):
             with self._lock:
                 sentence = self._watch.verdict(time.monotonic())
-            if sentence:
+            if sentence and not self._stop.is_set():
+                if jax.process_index() == 0:  # without its service the others could not say it
+                    time.sleep(2 * self._interval)
                 self._stop.set()
                 self._end(sentence)
 
