@@ -25,7 +25,11 @@ KEY = tuple(field.name for field in dataclasses.fields(Case))
 STEPS, QUICK_STEPS = 600, 400
 SECONDS, QUICK_SECONDS = 6.0, 4.0  # of a timed case, about
 QUICK_RATES = (RAW, "100mbit", "10mbit")
-THREADS = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",  # the hosts have no names that a server knows
+}
 XLA_THREADS = "--xla_cpu_multi_thread_eigen=false"
 
 
@@ -64,7 +68,7 @@ def run(todo: list[Case], workdir: Path, setting: Setting) -> list[dict]:
         words = ("-m", "experiments.bench_peers_worker", str(workdir / "todo.json"), str(path))
         rate = "1gbit" if setting.throttled else None
         job = cluster.Job(words, hosts=hosts, rate=rate, timeout=setting.timeout)
-        with _environment(THREADS | {"XLA_FLAGS": _xla_flags()}):
+        with _environment(ENVIRONMENT | {"XLA_FLAGS": _xla_flags()}):
             outcome = cluster.launch(job).outcome
         if outcome.exit_code:
             raise RuntimeError(f"bench peers: {outcome.reason}")

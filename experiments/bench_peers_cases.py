@@ -7,6 +7,7 @@ the same initial parameters, batches, AdamW and learning rates.
 """
 
 import dataclasses
+import itertools
 from typing import Any
 
 import ml_collections
@@ -78,7 +79,7 @@ METHODS = (  # in turn: neither library has the quieter half of the day
     Method("DDP PowerSGD r4", "torch", hook="rank 4"),
     _compressed("jaxcomm top 0.5 %, 4 bits", _EF.format(_TWO_BITS, "")),
     Method("DDP post-local SGD", "torch", hook="post_local", rounds=PERIOD + 1),
-    _local("jaxcomm QSR", f"local_sgd(axis_name, {_QSR}, total_steps=steps)", 17),
+    _local("jaxcomm QSR", f"local_sgd(axis_name, {_QSR}, total_steps=steps)", 40),
     _local("jaxcomm DiLoCo", f"diloco(axis_name, {PERIOD}, total_steps=steps)", PERIOD + 1),
     _local(
         "jaxcomm streaming fp4",
@@ -106,9 +107,10 @@ class Case:
 def config(size: str, hosts: int, steps: int) -> Config:
     """The config of a training, with the fields that `experiments.train` reads."""
     result: Config = ml_collections.ConfigDict()
-    result.task = task_config("lm")
-    result.task.update({"seq_len": 64, "validation_windows": 64, "max_bytes": 4_000_000})
-    result.task.model.update(_SIZES[size])
+    task: Config = task_config("lm")
+    task.update({"seq_len": 64, "validation_windows": 64, "max_bytes": 4_000_000})
+    task.model.update(_SIZES[size])
+    result.task = task
     result.seed, result.workers, result.steps = 0, hosts, steps
     result.batch_size = hosts  # one window of 64 bytes a worker
     warmup = max(1, steps // 10)
@@ -124,9 +126,8 @@ def cases(
     """Everything there is to measure; meetings of local methods are timed on the small model."""
     chosen = [m for m in METHODS if (m.key or not quick) and (torch or m.library != "torch")]
     found = []
-    for n in hosts:
-        found += [Case("loss", "small", m.name, n, RAW) for m in chosen]
-        for size in ("small", "large"):
-            sized = [m for m in chosen if size == "small" or not m.rounds]
-            found += [Case("time", size, m.name, n, rate) for m in sized for rate in rates]
+    for n, method in itertools.product(hosts, chosen):
+        found.append(Case("loss", "small", method.name, n, RAW))
+        sizes = ("small",) if method.rounds else ("small", "large")
+        found += [Case("time", size, method.name, n, rate) for size in sizes for rate in rates]
     return found

@@ -54,36 +54,36 @@ def make_step(method: Method, config: Config, task: Task) -> TrainStep:
 class Jaxcomm:
     """A method of jaxcomm on this host."""
 
-    def __init__(self, method: Method, config: Config, task: Task, params):
-        self._make_step = make_step(method, config, task)
-        self._state = self._make_step.init(params, jax.random.key(1))
+    def __init__(self, step: TrainStep, params):
+        self._step = step
+        self._state = step.init(params, jax.random.key(1))
         self._alone: Callable | None = None
 
     def step(self, tokens: np.ndarray) -> str:
         """One step; returns which conditional exchanges took place."""
-        batch = put_batch(self._make_step, {"tokens": tokens})
-        self._state, metrics = self._make_step(self._state, batch)
+        batch = put_batch(self._step, {"tokens": tokens})
+        self._state, metrics = self._step(self._state, batch)
         jax.block_until_ready((self._state, metrics))
         return "".join(map(str, np.asarray(metrics["branches"])))
 
     def alone(self, tokens: np.ndarray) -> None:
         """The same step with its collectives removed, on this host's own device."""
         if self._alone is None:
-            self._start_alone(put_batch(self._make_step, {"tokens": tokens}))
+            self._start_alone(put_batch(self._step, {"tokens": tokens}))
         assert self._alone is not None
         out = jax.block_until_ready(self._alone(*self._mine, _put(tokens)))
         self._mine = out[: len(self._mine)]
 
     def _start_alone(self, batch) -> None:
-        workers = self._make_step.workers
-        traced = self._make_step.trace(self._state, batch)
+        workers = self._step.workers
+        traced = self._step.trace(self._state, batch)
         run = without_communication(traced, dict(zip(workers.names, workers.sizes)))
         self._mine = [x.addressable_data(0).copy() for x in jax.tree.leaves(self._state)]
         self._alone = jax.jit(run, donate_argnums=tuple(range(len(self._mine))))
 
     def params(self) -> Arrays:
         """The mean of all hosts' parameters; all of them call it."""
-        return export(jax.tree.map(_here, self._make_step.consensus(self._state)))
+        return export(jax.tree.map(_here, self._step.consensus(self._state)))
 
 
 class PlainJax:

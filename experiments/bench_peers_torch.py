@@ -7,6 +7,7 @@ others have DDP's own buckets, whose exchange overlaps with the backward pass.
 # pyright: reportMissingImports=false
 
 import contextlib
+import functools
 import os
 from collections.abc import Callable
 from typing import Any
@@ -126,6 +127,7 @@ def connect(rank: int, hosts: int, address: str, interface: str) -> None:
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=hosts)
 
 
+@functools.cache
 def alone_group():
     """This process's own group."""
     groups = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
