@@ -109,6 +109,29 @@ def test_schedules_without_an_end_and_steps_used_twice():
     np.testing.assert_allclose(state.params, expected.params, rtol=1e-6)
 
 
+def test_other_numbers_of_workers():
+    """A state of 2 workers goes on with 4, as without a background."""
+    final = []
+    for background in (False, True):
+        two = jaxcomm.make_train_step(
+            common.loss_fn,
+            optax.adamw(0.03),
+            axis_name=common.AXIS,
+            sync=RULES["streaming"](STEPS),
+            mesh=common.mesh(2),
+            background=background,
+        )
+        state = two.init(common.tree(), jax.random.key(0))
+        for i in range(7):
+            state, _ = two(state, common.batch(i))
+        four = make("streaming", "devices", background)
+        state = jaxcomm.resize_workers(state, 4)
+        for i in range(7, STEPS):
+            state, _ = four(state, common.batch(i))
+        final.append(common.host(state))
+    assert common.distance(*final) < 1e-6
+
+
 def test_refusals():
     step = lambda **options: jaxcomm.make_train_step(
         common.loss_fn, optax.sgd(0.1), axis_name=common.AXIS, background=True, **options

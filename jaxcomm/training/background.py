@@ -50,6 +50,7 @@ class BackgroundStep(TrainStep):
 
     def __call__(self, state: TrainState, batch) -> tuple[TrainState, dict]:
         """As TrainStep's; returns when everything is dispatched."""
+        state = self._own(state)
         self._locate(state)
         self._local.layout.places = self.places._replace(sync_state=())
         step = int(state.step) + 1
@@ -60,22 +61,29 @@ class BackgroundStep(TrainStep):
         sync_state = state.sync_state
         state, metrics = self._local(state._replace(sync_state=()), batch)
         counters, launched, arrived = self._due(sync_state, step)
-        params = state.params
-        slots = range(self._parts.slots)
+        state = state._replace(step=self._known(step), sync_state=sync_state)
+        if any(launched) or any(arrived):
+            state = self._meet(state, launched, arrived, step)
+            counters = {name: self._known(value) for name, value in counters.items()}
+            state = state._replace(sync_state=state.sync_state._replace(**counters))
+        branches = np.asarray(self._parts.branches(launched, arrived), np.int32)
+        return state, {**metrics, "branches": branches}
+
+    def _known(self, number):
+        """What the host knows (the number of the step): nobody waits for a device to read it."""
+        return self._place(np.asarray(number, np.int32), Place.REPLICATED, self.workers)
+
+    def _meet(self, state: TrainState, launched, arrived, step: int) -> TrainState:
+        params, slots = state.params, range(self._parts.slots)
+        sync_state = self._carry(state.sync_state, self._hosts)
         parcels = {p: self._leave(params, sync_state, p) for p in slots if launched[p]}
         for p in slots:
             if arrived[p]:
                 params, sync_state = self._arrive(params, sync_state, p, step)
         for p, parcel in parcels.items():
             sync_state = self._travel(parcel, sync_state, p, step)
-        sync_state = sync_state._replace(**counters)
-        # the number of the step is known here: nobody has to wait for the device to read it
-        known = self._place(np.int32(step), Place.REPLICATED, self.workers)
-        state = state._replace(step=known, params=params, sync_state=sync_state)
-        branches = np.asarray(self._parts.branches(launched, arrived), np.int32)
-        if any(launched) or any(arrived):
-            self.workers.settle(state.params)
-        return state, {**metrics, "branches": branches}
+        self.workers.settle(params)
+        return state._replace(params=params, sync_state=sync_state)
 
     def alone(self, state: TrainState, batch) -> tuple[TrainState, dict]:
         """A local step without the rule; `state.sync_state` is (). For measuring."""
@@ -122,8 +130,7 @@ class BackgroundStep(TrainStep):
         places = (*here, Place.REPLICATED, Place.REPLICATED)
         run = self._program("arrive", slot, self.workers, arrive, places, here)
         result = self._move(self._parts.result(sync_state, slot), Place.REPLICATED, self.workers)
-        clock = self._place(np.int32(step), Place.REPLICATED, self.workers)
-        params, near = run(params, self._near(sync_state), result, clock)
+        params, near = run(params, self._near(sync_state), result, self._known(step))
         fields = (*self._parts.near, *self._parts.counters)
         return params, sync_state._replace(**{name: getattr(near, name) for name in fields})
 
@@ -155,6 +162,8 @@ class BackgroundStep(TrainStep):
         sharding, targets = workers.sharding(place), self._devices[workers is self._hosts]
         if sharding is None:  # simulated
             return jax.device_put(x, targets[0])
+        if isinstance(x, jax.Array) and x.sharding == sharding:
+            return x
         if not isinstance(x, jax.Array) or not x.size:  # XLA lays out empty arrays as it likes
             known = np.zeros(x.shape, x.dtype) if not x.size else np.asarray(x)
             return jax.make_array_from_callback(known.shape, sharding, lambda where: known[where])
@@ -164,15 +173,11 @@ class BackgroundStep(TrainStep):
         return jax.make_array_from_single_device_arrays(x.shape, sharding, shards)
 
     def _due(self, sync_state, step: int):
-        """Counters after this step, and which slots leave and arrive."""
+        """The counters after this step, and which slots leave and arrive."""
         now = {name: getattr(sync_state, name) for name in self._parts.counters}
         if self._table is None or not self._table.holds(now, step):
             self._table = Timetable(self._parts, sync_state, now, step)
-        after, launched, arrived = self._table.at(step)
-        if launched.any() or arrived.any():
-            place = lambda x: self._place(x, Place.REPLICATED, self.workers)
-            now = {name: place(value) for name, value in after.items()}
-        return now, launched, arrived
+        return self._table.at(step)
 
 
 class Timetable:
