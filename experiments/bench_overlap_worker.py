@@ -22,6 +22,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh
 
 import jaxcomm
+from jaxcomm.sync import SyncRule
+from jaxcomm.training.background import BackgroundStep
 from jaxcomm.training.distributed import initialize
 from jaxcomm.training.loop import put_batch
 
@@ -46,7 +48,7 @@ class Row:
     load: float  # runnable processes on this machine, the minute's mean
 
 
-def rules() -> dict[str, jaxcomm.sync.SyncRule]:
+def rules() -> dict[str, SyncRule]:
     """The overlapped rules, each with the same bytes a round."""
     return {
         "streaming_diloco": jaxcomm.streaming_diloco(
@@ -91,11 +93,12 @@ class Bench:
 
     def compute(self) -> float:
         """The local steps of a round."""
-        state, batch = self.state._replace(sync_state=()), self.batch()
+        state, batch, step = self.state._replace(sync_state=()), self.batch(), self.step
+        assert isinstance(step, BackgroundStep)
 
         def run(state):
             for _ in range(ROUND):
-                state, _ = self.step.alone(state, batch)
+                state, _ = step.alone(state, batch)
             return state
 
         fresh = jax.tree.map(lambda x: x.copy(), state)  # steps donate their state
@@ -103,7 +106,9 @@ class Bench:
 
     def transfer(self) -> float:
         """The transfers of a round."""
-        return _seconds(lambda: self.step.transfers(self.state))
+        step = self.step
+        assert isinstance(step, BackgroundStep)
+        return _seconds(lambda: step.transfers(self.state))
 
     def together(self) -> float:
         """Rounds with their transfers in the background."""

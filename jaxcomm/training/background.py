@@ -257,7 +257,7 @@ def _host_workers(workers: Workers) -> Workers:
     return Workers(workers.axis_name, Mesh(devices, mesh.axis_names, axis_types=kind))
 
 
-def _devices(workers: Workers, hosts: Workers) -> tuple[list[jax.Device], list[jax.Device]]:
+def _devices(workers: Workers, hosts: Workers) -> tuple[list, list]:
     """Where the workers compute, and where their transfers are made."""
     if workers.mesh is None:
         return jax.local_devices()[:1], jax.local_devices(backend="cpu")[-1:]
