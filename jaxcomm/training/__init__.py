@@ -5,14 +5,21 @@ from jaxcomm.training.loop import train_loop
 from jaxcomm.training.metrics import MetricsLogger
 from jaxcomm.training.resize import resize_workers
 from jaxcomm.training.step import TrainState, TrainStep, make_train_step
+from jaxcomm.training.straggler_monitor import StragglerMonitor
+from jaxcomm.training.stragglers import find_hung, find_slow, localise, robust_scores
 
 __all__ = [
     "CheckpointError",
     "Checkpointer",
     "MetricsLogger",
+    "StragglerMonitor",
     "TrainState",
     "TrainStep",
+    "find_hung",
+    "find_slow",
+    "localise",
     "make_train_step",
     "resize_workers",
+    "robust_scores",
     "train_loop",
 ]
