@@ -10,7 +10,6 @@ import csv
 import json
 import logging as std_logging
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,33 +19,17 @@ from ml_collections import config_flags
 from rich.console import Console
 from rich.table import Table
 
-import jaxcomm
 from experiments.config import Config
-from experiments.expressions import evaluate as expression
 from experiments.problems import PROBLEMS, Problem
+from experiments.theory_runs import Curve, run_method
 from experiments.train import default_workdir
 from jaxcomm.training.metrics import prepare_workdir
 
 ERRORS = ("gradient", "distance", "loss")
 
 
-class Curve(NamedTuple):
-    """One method's error, the seeds along axis 0."""
-
-    label: str
-    rounds: np.ndarray  # shape=(points,)
-    errors: np.ndarray  # shape=(seeds, points)
-    round_bits: float  # that one worker puts into messages, a round
-
-    def rounds_to(self, factor: float) -> int | None:
-        """First recorded round at which the seeds' mean error is down by the factor."""
-        mean = self.errors.mean(0)
-        hit = np.flatnonzero(mean <= mean[0] / factor)
-        return int(self.rounds[hit[0]]) if hit.size else None
-
-
 def error_function(problem: Problem, kind: str):
-    """Squared gradient norm, relative distance to the solution, or loss, of one x."""
+    """Squared gradient norm, distance to the solution (1 at the start), or loss, of one x."""
     if kind not in ERRORS:
         raise ValueError(f"config.error must be one of {', '.join(ERRORS)}, got {kind!r}")
     if kind == "gradient":
@@ -56,39 +39,8 @@ def error_function(problem: Problem, kind: str):
     if problem.solution is None:
         raise ValueError("config.error='distance' needs a problem with a known solution")
     solution = jnp.asarray(problem.solution, jnp.float32)
-    scale = jnp.linalg.norm(solution)
-    return lambda x: jnp.linalg.norm(x - solution) / jnp.where(scale > 0, scale, 1.0)
-
-
-def run_method(problem: Problem, label: str, text: str, config) -> Curve:
-    """Runs one method, given as an expression (see `experiments.expressions`), over the seeds."""
-    n = len(problem.worker_smoothness)
-    scope = {"axis_name": "workers", "L": problem.smoothness, "n": n, "d": problem.start.size}
-    scope |= {"L_i": problem.worker_smoothness, "solution": problem.solution}
-    tx = expression(text, f"config.methods[{label!r}]", **scope)
-    one_row = lambda x, rows, key: problem.loss(x, jax.tree.map(lambda a: a[0], rows), key)
-    step = jaxcomm.make_train_step(one_row, tx, axis_name="workers", simulate=n, donate=False)
-    start = jnp.asarray(problem.start)
-    state = step.init(start, jax.random.key(0))
-    batch = jax.tree.map(jnp.asarray, problem.data)
-    error = error_function(problem, config.error)
-    points = max(config.rounds // config.record_every, 1)
-
-    def trajectory(key):
-        def record(state, _):
-            state, _ = jax.lax.scan(
-                lambda s, _: (step(s, batch)[0], None), state, length=config.record_every
-            )
-            return state, error(step.consensus(state))
-
-        _, errors = jax.lax.scan(record, state._replace(key=key), length=points)
-        return jnp.concatenate([error(start)[None], errors])
-
-    keys = jax.vmap(jax.random.key)(jnp.arange(config.seeds))
-    errors = np.asarray(jax.jit(jax.vmap(trajectory))(keys))
-    report = jaxcomm.traffic(step, state, batch)
-    bits = 8 * sum(c.operand_bytes for c in report.collectives if c.part != "metrics")
-    return Curve(label, np.arange(points + 1) * config.record_every, errors, bits)
+    first = jnp.linalg.norm(problem.start - solution)
+    return lambda x: jnp.linalg.norm(x - solution) / first
 
 
 def run(config: Config, workdir: str) -> list[Curve]:
@@ -100,7 +52,8 @@ def run(config: Config, workdir: str) -> list[Curve]:
     arguments = {k: v for k, v in config.problem.items() if k != "name"}
     problem = PROBLEMS[config.problem.name](**arguments)
     path = prepare_workdir(workdir)
-    curves = [run_method(problem, label, text, config) for label, text in config.methods]
+    error = error_function(problem, config.error)
+    curves = [run_method(problem, label, text, error, config) for label, text in config.methods]
     _write(path, curves, config)
     draw(curves, config, path)
     return curves
@@ -112,9 +65,8 @@ def _write(path: Path, curves: list[Curve], config) -> None:
         rows.writerow(["method", "seed", "round", "bits", config.error])
         for curve in curves:
             for seed, errors in enumerate(curve.errors):
-                for t, value in zip(curve.rounds, errors):
-                    bits = float(t * curve.round_bits)
-                    rows.writerow([curve.label, seed, int(t), bits, float(value)])
+                for t, bits, value in zip(curve.rounds, curve.bits, errors):
+                    rows.writerow([curve.label, seed, int(t), float(bits), float(value)])
     table = Table(title=config.title, title_justify="left")
     for name in ("method", f"final {config.error}", "spread", "bits a round", _goal(config)):
         table.add_column(name)
@@ -148,7 +100,8 @@ def draw(curves: list[Curve], config, path: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
     for curve in curves:
         mean = np.maximum(curve.errors.mean(0), 1e-38)
-        for axis, x in ((axes[0], curve.rounds), (axes[1], curve.rounds * curve.round_bits)):
+        bits = np.where(curve.bits > 0, curve.bits, np.nan)
+        for axis, x in ((axes[0], curve.rounds), (axes[1], bits)):
             (line,) = axis.plot(x, mean, label=curve.label)
             if len(curve.errors) > 1:
                 low, high = np.quantile(curve.errors, (0.25, 0.75), axis=0)

@@ -434,8 +434,8 @@ def test_additive_codecs_make_classic_feedback_of_it():
     np.testing.assert_allclose(one, two, atol=1e-6)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 2))
-def noisy_descent(with_momentum, gamma, rounds):
+@functools.partial(jax.jit, static_argnums=(0, 2, 3))
+def noisy_descent(with_momentum, gamma, rounds, seeds=96):
     """E3 (P4): stationary mean |x|^2 of Top-1 EF21 on |x|^2 / 2 with the adversarial noise."""
     support = jnp.sqrt(0.3) * jnp.array([[2.0, 0.0], [0.0, 1.0], [-2.0, -1.0]])
     method = ef21(top_k(k=1), AXIS, momentum=7 * gamma if with_momentum else None)
@@ -454,15 +454,20 @@ def noisy_descent(with_momentum, gamma, rounds):
 
         return jax.vmap(worker, axis_name=AXIS)(jnp.zeros(1))[0]
 
-    return jnp.mean(jax.vmap(one)(jnp.arange(96))[:, -rounds // 3 :])
+    return jnp.mean(jax.vmap(one)(jnp.arange(seeds))[:, -rounds // 3 :])
 
 
 def test_stochastic_gradients_stall_ef21_but_not_its_momentum_form():
-    """The sheet: 0.0116 and 0.0051 without momentum (gamma = 0.01 and 0.001), 0.0053 with."""
-    plain = [float(noisy_descent(False, g, t)) for g, t in ((0.01, 2000), (0.001, 6000))]
-    momentum = [float(noisy_descent(True, g, t)) for g, t in ((0.01, 2000), (0.001, 6000))]
-    np.testing.assert_allclose(plain, [0.0116, 0.0051], rtol=0.2)
-    np.testing.assert_allclose(momentum[0], 0.0053, rtol=0.2)
+    """The sheet: 0.0116 and 0.0051 without momentum (gamma = 0.01 and 0.001), 0.0053 with.
+
+    These are stationary means at gamma = 0.01. At 0.001 the stationary means are 0.0055 and, with
+    momentum, 0.0005 (20,000 chains in NumPy), which is what dense SGD has, gamma sigma^2 / 2.
+    """
+    settings = (0.01, 1500, 2048), (0.001, 6000, 96)
+    plain = [float(noisy_descent(False, *setting)) for setting in settings]
+    momentum = [float(noisy_descent(True, *setting)) for setting in settings]
+    np.testing.assert_allclose([plain[0], momentum[0]], [0.0116, 0.0053], rtol=0.02)
+    np.testing.assert_allclose([plain[1], momentum[1]], [0.0055, 0.0005], rtol=0.2)
     assert plain[1] > 1 / 300  # ten times the accuracy is out of reach of ten times the rounds
     assert momentum[1] < momentum[0] / 5 < plain[1] / 3
 
