@@ -2,6 +2,7 @@
 
     python -m experiments.cluster --hosts=4 -- -m experiments.train --config=configs/FILE.py
     python -m experiments.cluster --hosts=2 --rate=100mbit --timeout=600 -- my_program.py
+    python -m experiments.cluster --hosts=4 --rate=100mbit --probe --workdir=DIR
     python -m experiments.cluster --hosts=4 --restarts=3 -- -m experiments.train ...
 
 What follows `--` are the arguments of the Python interpreter: any module, script or `-c` code. The
@@ -273,6 +274,7 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_integer(
         "losses", 0, "Processes that may fail while the others go on.", flag_values=values
     )
+    flags.DEFINE_bool("probe", False, "Measure the links between the hosts.", flag_values=values)
     flags.DEFINE_string("workdir", None, "Where to write cluster.json.", flag_values=values)
 
 
@@ -280,8 +282,12 @@ def main(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> int:
     """Runs what the flags and the arguments after `--` say; returns the exit code."""
     names = ("hosts", "rate", "devices_per_host", "timeout", "grace")
     names += ("restarts", "fewer_hosts", "losses")
+    arguments = tuple(argv[1:])
+    if values.probe:
+        file = os.path.join(values.workdir, "probe.json") if values.workdir else ""
+        arguments = ("-m", "experiments.probe", file, values.rate or "")
     try:
-        job = Job(tuple(argv[1:]), **{name: getattr(values, name) for name in names})
+        job = Job(arguments, **{name: getattr(values, name) for name in names})
         if values.workdir:
             os.makedirs(values.workdir, exist_ok=True)
     except (ValueError, OSError) as error:

@@ -1,7 +1,7 @@
 """Which method pays on which link: traffic, predicted step times, break-even bandwidths of configs.
 
     python -m experiments.plan --config=configs/digits_ef21.py [--configs=configs/digits_qsr.py,...]
-        [--links=10mbit,1gbit@20us] [--workers=2,4,8] [--latency=50us] [--compute_ms=20]
+        [--links=10mbit,1gbit@20us,probe.json] [--workers=2,4,8] [--latency=50us] [--compute_ms=20]
 
 Nothing is trained and no second device is needed. Traffic is counted by tracing the step for each
 number of workers; computation and codecs are timed on this machine, with the communication
@@ -23,6 +23,7 @@ import jaxcomm
 from experiments.alone import branch_shares, mean_seconds, time_alone, traffic_for
 from experiments.compare import load_config
 from experiments.config import Config
+from experiments.probe import parse_link
 from experiments.tasks import Task, make_task
 from jaxcomm.traffic.advice import WITHOUT
 from jaxcomm.traffic.link import parse_seconds
@@ -210,7 +211,7 @@ def main(_: list[str]) -> None:
     if not configs:
         raise app.UsageError("give --config=FILE.py, or --configs=FILE.py,FILE.py")
     latency = parse_seconds(FLAGS.latency)
-    links = [jaxcomm.Link.parse(text, latency=latency) for text in FLAGS.links]
+    links = [parse_link(text, latency) for text in FLAGS.links]
     workers = [int(n) for n in FLAGS.workers]
     given = {
         "compute_seconds": None if FLAGS.compute_ms is None else FLAGS.compute_ms / 1e3,
@@ -229,7 +230,9 @@ FLAGS = flags.FLAGS
 if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, "Config file.", lock_config=True)
     flags.DEFINE_list("configs", [], "Further config files to compare.")
-    flags.DEFINE_list("links", LINKS, "Bandwidths, as tc writes them; @ adds a latency.")
+    flags.DEFINE_list(
+        "links", LINKS, "Bandwidths as tc writes them, @ adds a latency; or probe.json."
+    )
     flags.DEFINE_list("workers", WORKERS, "Numbers of workers.")
     flags.DEFINE_string("latency", "50us", "Latency of links that do not say theirs.")
     flags.DEFINE_float("compute_ms", None, "Milliseconds of a step's computation; default: timed.")
