@@ -3,6 +3,7 @@
     python -m experiments.bench wire  [--workdir=DIR]      bytes and times on throttled hosts
     python -m experiments.bench codec [SIZE ...]           encode and decode throughput
     python -m experiments.bench peers [--quick]            beside PyTorch DDP and plain JAX
+    python -m experiments.bench faults [--count=100]       processes that die, get stuck, lose disks
     python -m experiments.bench overlap [--workdir=DIR]    do transfers hide behind computation
 
 Each is a module `experiments.bench_<name>` with `main(arguments)` and, for flags of its own,
@@ -16,7 +17,7 @@ from types import ModuleType
 
 from absl import app
 
-NAMES = ("wire", "codec", "overlap", "peers", "scale")
+NAMES = ("wire", "codec", "faults", "overlap", "peers", "scale")
 
 
 def find(name: str) -> ModuleType:
