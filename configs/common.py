@@ -4,6 +4,7 @@ tx, sync     Python expressions over jaxcomm's public names and optax.*, with ax
              learning_rate, steps, warmup_steps and workers in scope
 mode         devices (shard_map), simulate (vmap on one device) or pmap
 resize       go on from a checkpoint of another number of workers (jaxcomm.resize_workers)
+check_every  steps between two comparisons of the replicas' bits, also before a save; 0 for none
 on_failure   what a job does that loses a process: stop; restart (it ends, keeps its compiled
              programs in the workdir, and `experiments.cluster --restarts=K` starts it again); or
              continue with those that are left, see `jaxcomm.training.elastic`
@@ -44,6 +45,7 @@ def base(task: str, argument: str | None) -> ml_collections.ConfigDict:
     config.checkpoint_every = 10 if smoke else 250
     config.keep = 3
     config.resize = False
+    config.check_every = 100
     config.on_failure = "stop"
     config.snapshot_every = 1
     config.stuck_seconds = 60.0

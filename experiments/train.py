@@ -35,7 +35,8 @@ from jaxcomm.training.watchdog import Watchdog, give_up
 MODES = ("devices", "simulate", "pmap")
 # may differ between two parts of one run
 FREE = ("checkpoint_every", "keep", "log_every", "evaluate_every", "mode", "background")
-FREE += ("on_failure", "snapshot_every", "stuck_seconds", "standstill_seconds", "resize")
+FREE += ("on_failure", "snapshot_every", "stuck_seconds", "standstill_seconds")
+FREE += ("resize", "check_every")
 ON_FAILURE = ("stop", "restart", "continue")
 UNSAVED = 74  # EX_IOERR: a checkpoint could not be written
 COUNTER = "JAXCOMM_COUNTER"
@@ -116,6 +117,7 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any]:
             evaluate=task.evaluate,
             evaluate_every=config.evaluate_every,
             resize=config.resize,
+            check_every=config.check_every,
             watchdog=watchdog,
         )
         if run.interrupted:

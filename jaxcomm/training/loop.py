@@ -15,6 +15,7 @@ from jax.experimental import multihost_utils
 
 from jaxcomm.traffic import Traffic, traffic
 from jaxcomm.training.checkpoint import Checkpointer
+from jaxcomm.training.consistency import ReplicaCheck
 from jaxcomm.training.metrics import MetricsLogger, Stopwatch
 from jaxcomm.training.step import TrainState, TrainStep
 from jaxcomm.training.watchdog import Watchdog
@@ -46,6 +47,7 @@ def train_loop(
     evaluate: Callable[[Any], dict[str, float]] | None = None,
     evaluate_every: int = 0,
     resize: bool = False,
+    check_every: int = 0,
     watchdog: Watchdog | None = None,
 ) -> Run:
     """Trains up to `steps` steps, from the last checkpoint if there is one.
@@ -62,6 +64,8 @@ def train_loop(
       evaluate: validation metrics of one parameter tree, logged every `evaluate_every` steps.
       evaluate_every: steps between two evaluations; 0 for none.
       resize: a checkpoint may be of another number of workers; see `resize_workers`.
+      check_every: steps between two comparisons of the replicas' bits (`ReplicaCheck`), which also
+        precede every save; 0 for none.
       watchdog: is told of every step.
     """
     account, clock, seconds = Account(step), Stopwatch(), 0.0
@@ -72,9 +76,11 @@ def train_loop(
         clock = Stopwatch(seconds)
     done = int(state.step)
     logger.truncate(done)
-    started = False
+    started, check = False, ReplicaCheck()
 
     def save():
+        if check_every and done % check_every:  # else it has just been done
+            check(state)
         if checkpointer is not None and not getattr(step, "lost", ()):  # or wait for the dead
             extra = {"sent_bytes": account.settle(), "seconds": seconds}
             checkpointer.save(done, state, data_state=data.get_state(), extra=extra)
@@ -83,8 +89,12 @@ def train_loop(
         while done < steps:
             batch = put_batch(step, next(data))
             account.see(state, batch)
+            checking = check_every and (done + 1) % check_every == 0
+            met = meetings(state) if checking else 0
             state, metrics = step(state, batch)
             done += 1
+            if checking:
+                check(state, met=meetings(state) > met)
             if watchdog is not None:
                 watchdog.step(done)
             account.add(metrics)

@@ -65,9 +65,9 @@ class Layout:
         key = jax.ShapeDtypeStruct(state.key.shape, state.key.dtype)
         return _trace(self.init, workers, (params, key), (Place.REPLICATED,) * 2)[0]
 
-    def at_home(self) -> Layout:
-        """This layout, of arrays that are on their step's devices."""
-        return Layout(self.init, self.workers, self.places)
+    def at_home(self, workers: Workers) -> Layout:
+        """This layout, of arrays that are on the devices of these workers."""
+        return Layout(self.init, workers, self.places)
 
     def __eq__(self, other):
         return isinstance(other, Layout)

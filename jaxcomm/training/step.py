@@ -269,7 +269,7 @@ class TrainStep:
         self._locate(state)
         if self.workers.mesh is not None:
             state = jax.tree.map(self._put, self.places, state)
-        return state._replace(layout=layout.at_home())
+        return state._replace(layout=layout.at_home(self.workers))
 
     def _put(self, place: Place, x):
         spec = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.workers.sharding(place))
