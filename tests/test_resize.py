@@ -13,6 +13,7 @@ from common import AXIS, batch, distance, host, kinds, loss_fn, mesh, same, tree
 
 import jaxcomm
 from configs import digits_dense
+from experiments.tasks import make_task
 from experiments.train import train_and_evaluate
 from jaxcomm.training.checkpoint import Checkpointer, CheckpointError
 from jaxcomm.training.step import TrainStep
@@ -73,7 +74,9 @@ RULES = {
     "weight_average": lambda n: jaxcomm.weight_average(jaxcomm.local_sgd(AXIS, 3), last=2),
 }
 NAMES = [*EXCHANGES, *OPTIMIZERS, *RULES]
-QUICK = {"one_bit_adam", "eager"}
+QUICK = {"eager"}
+QUICK_TABLE = {"ef21_w", "ef21_plus", "econtrol", "masked", "dgc", "one_bit_adam", "accumulate"}
+QUICK_TABLE |= {"two_phase_diloco", "streaming", "eager", "scafcom", "savic", "weight_average"}
 
 
 def weights(n):
@@ -148,7 +151,13 @@ def check_rules(old, new, places):
             np.testing.assert_array_equal(x, y, err_msg=path)
 
 
-@pytest.mark.parametrize("name", NAMES)
+def methods(quick):
+    """A test for each method, slow but for the quick ones."""
+    slow = lambda name: () if name in quick else pytest.mark.slow
+    return pytest.mark.parametrize("name", [pytest.param(n, marks=slow(n)) for n in NAMES])
+
+
+@methods(QUICK_TABLE)
 def test_every_leaf_follows_the_table(name):
     step = make(name, PATH[0])
     state = filled(step)
@@ -161,9 +170,7 @@ def test_every_leaf_follows_the_table(name):
     assert kinds(like) == kinds(state)
 
 
-@pytest.mark.parametrize(
-    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in NAMES]
-)
+@methods(QUICK)
 def test_training_goes_on_and_descends(name):
     state, consensus, losses, done = None, None, [], 0
     for n in PATH:
@@ -316,6 +323,21 @@ def test_what_cannot_be_resized_is_refused():
         step(jaxcomm.resize_workers(state, 2), batch(0, ROWS))
     assert copy.deepcopy(state).layout is state.layout
     assert Place.REPLICATED in jax.tree.leaves(step.places)
+
+
+def test_the_position_in_the_data_is_that_of_the_global_batch():
+    """One process or two: the next rows of all together are the same."""
+    task = make_task(digits_dense.get_config("smoke"))
+    alone = task.train_iterator(16, 3)
+    for _ in range(3):
+        next(alone)
+    position, parts = alone.get_state(), []
+    for rank in range(2):
+        share = task.train_iterator(16, 3, rank, 2)
+        share.set_state(position)
+        parts.append(next(share))
+    together = jax.tree.map(lambda *x: np.concatenate(x), *parts)
+    assert same(next(alone), together)
 
 
 def test_the_binary_goes_on_with_other_workers_and_the_next_samples(tmp_path, monkeypatch):
