@@ -13,4 +13,6 @@ def get_config(argument=None):
     config = common.lm(argument)
     config.tx = "optax.adamw(learning_rate)"
     config.sync = "co2(axis_name, 12, total_steps=steps)"
+    if argument == "smoke":
+        config.learning_rate.peak = 0.01
     return config

@@ -12,4 +12,6 @@ def get_config(argument=None):
     config = common.lm(argument)
     config.learning_rate.peak = 0.001
     config.tx = "demo(learning_rate, axis_name)"
+    if argument == "smoke":
+        config.learning_rate.peak = 0.002
     return config

@@ -11,4 +11,6 @@ from configs import common
 def get_config(argument=None):
     config = common.lm(argument)
     config.tx = "optax.chain(average(axis_name), optax.adamw(learning_rate))"
+    if argument == "smoke":
+        config.learning_rate.peak = 0.01
     return config

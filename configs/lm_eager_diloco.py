@@ -12,5 +12,10 @@ from configs import common
 def get_config(argument=None):
     config = common.lm(argument)
     config.tx = "optax.adamw(learning_rate)"
-    config.sync = "eager_diloco(axis_name, 30, outer_learning_rate=0.2, total_steps=steps)"
+    config.sync = (
+        "eager_diloco(axis_name, 30, outer_learning_rate=0.8, outer_momentum=0.0, "
+        "total_steps=steps)"
+    )
+    if argument == "smoke":
+        config.learning_rate.peak = 0.02
     return config

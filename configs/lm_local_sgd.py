@@ -12,4 +12,6 @@ def get_config(argument=None):
     config = common.lm(argument)
     config.tx = "optax.adamw(learning_rate)"
     config.sync = "local_sgd(axis_name, every(8), total_steps=steps)"
+    if argument == "smoke":
+        config.learning_rate.peak = 0.02
     return config

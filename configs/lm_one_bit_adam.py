@@ -14,4 +14,6 @@ def get_config(argument=None):
     config.tx = (
         "one_bit_adam(learning_rate, axis_name, freeze_step=15 * steps // 100, weight_decay=1e-4)"
     )
+    if argument == "smoke":
+        config.learning_rate.peak = 0.01
     return config

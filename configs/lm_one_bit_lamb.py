@@ -12,4 +12,6 @@ from configs import common
 def get_config(argument=None):
     config = common.lm(argument)
     config.tx = "one_bit_lamb(learning_rate, axis_name, freeze_step=15 * steps // 100)"
+    if argument == "smoke":
+        config.learning_rate.peak = 0.01
     return config

@@ -12,4 +12,6 @@ from configs import common
 def get_config(argument=None):
     config = common.lm(argument)
     config.tx = "optax.chain(power_sgd(2, axis_name), optax.adamw(learning_rate))"
+    if argument == "smoke":
+        config.learning_rate.peak = 0.01
     return config

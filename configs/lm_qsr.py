@@ -11,7 +11,10 @@ from configs import common
 
 def get_config(argument=None):
     config = common.lm(argument)
+    alpha = 0.009
+    if argument == "smoke":
+        alpha, config.learning_rate.peak = 0.04, 0.02
     config.tx = "optax.adamw(learning_rate)"
-    rule = "qsr(learning_rate, alpha=0.009, h_base=4, warmup_steps=warmup_steps)"
+    rule = f"qsr(learning_rate, alpha={alpha}, h_base=4, warmup_steps=warmup_steps)"
     config.sync = f"local_sgd(axis_name, {rule}, total_steps=steps)"
     return config

@@ -13,4 +13,6 @@ def get_config(argument=None):
     config = common.lm(argument)
     exchange = "error_feedback(sign(), axis_name, exchange='two_phase')"
     config.tx = f"optax.chain({exchange}, optax.adamw(learning_rate))"
+    if argument == "smoke":
+        config.learning_rate.peak = 0.0025
     return config

@@ -11,5 +11,7 @@ from configs import common
 
 def get_config(argument=None):
     config = common.lm(argument)
-    config.tx = "zero_one_adam(learning_rate, axis_name)"
+    config.tx = "zero_one_adam(learning_rate, axis_name, variance_stop=15 * steps // 100)"
+    if argument == "smoke":
+        config.learning_rate.peak = 0.01
     return config

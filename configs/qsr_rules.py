@@ -5,7 +5,7 @@ and cubic), 1 in the first half and then 8 (post_local), gradients averaged in e
 c / P is that of the paper's ViT runs: 3.75, 2.19 and 1.875.
 """
 
-import ml_collections
+from experiments.config import Config
 
 AVERAGE = "local_sgd(axis_name, {}, total_steps=steps)"
 POWER = "power_rule(learning_rate, {}, 4, {}, warmup_steps)"
@@ -17,7 +17,7 @@ def split(argument: str | None) -> tuple[str, str]:
     return ("quadratic", rule) if rule in ("", "smoke") else (rule, size)
 
 
-def apply(config: ml_collections.ConfigDict, rule: str) -> ml_collections.ConfigDict:
+def apply(config: Config, rule: str) -> Config:
     """Local AdamW that meets by the rule, in place."""
     peak = config.learning_rate.peak
     schedules = {

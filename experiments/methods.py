@@ -4,7 +4,7 @@
 
 With --update it also replaces the table in README.md. Name and source come from a config's
 docstring, the figures from the traced step of its digits config: what a worker puts into messages
-(bits a coordinate, in a step or at a meeting; `or` between a method.s stages), the collectives,
+(bits a coordinate, in a step or at a meeting; `or` between a method's stages), the collectives,
 and the state that differs between workers (in units of the d parameters, local copies included).
 """
 
@@ -87,7 +87,8 @@ def _message_bits(report: jaxcomm.Traffic) -> str:
             every += c.operand_bytes
     bits = lambda count: f"{8 * count / report.elements:.2f}".rstrip("0").rstrip(".")
     shown = [bits(every)] if every else []
-    shown += [" or ".join(map(bits, branches.values()))] if branches else []
+    choices = dict.fromkeys(map(bits, branches.values()))  # pairings, say, that cost the same
+    shown += [" or ".join(choices)] if branches else []
     return " + ".join(shown)
 
 
