@@ -32,7 +32,7 @@ def error_feedback(
     compressor: Compressor,
     axis_name: AxisName,
     *,
-    decay: float = 1.0,
+    decay: float | jax.Array = 1.0,
     exchange: str = "gather",
     bucket_bytes: int | None = None,
     seed: int = 0,
@@ -59,7 +59,7 @@ def error_feedback(
     """
     check_compressor(compressor, "error_feedback")
     check_exchange(exchange, "error_feedback", bucket_bytes)
-    if not 0 <= decay <= 1:
+    if isinstance(decay, (int, float)) and not 0 <= decay <= 1:
         raise ValueError(f"error_feedback: decay must be in [0, 1], got {decay}")
 
     def init_fn(params):
