@@ -22,8 +22,10 @@ from absl import app, flags
 from rich.console import Console
 from rich.table import Table
 
+from experiments import job
 from experiments.config import Config
 from experiments.train import setup_devices, train_and_evaluate
+from jaxcomm.training.distributed import initialize
 from jaxcomm.training.metrics import human_bytes, prepare_workdir
 
 BUDGET = ("task", "workers", "steps", "batch_size")  # must be the same for all
@@ -113,8 +115,12 @@ def compare(configs: dict[str, Config], seeds: int, workdir: str, command: str =
             config.seed = seed
             folder = path / runs.name / str(seed)
             runs.summaries.append(train_and_evaluate(config, str(folder)))
+            if jax.process_index() != 0:  # the first one reads and writes
+                continue
             lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
             runs.curves.append([line for line in lines if "validation_loss" in line])
+    if jax.process_index() != 0:
+        return everything
     rows = table_rows(everything)
     _print(rows)
     draw(everything, path)
@@ -292,7 +298,9 @@ def main(_: list[str]) -> None:
     configs = load_configs(FLAGS.configs)
     for config in configs.values():
         set_fields(config, FLAGS.set)
+    job.export()
     setup_devices(next(iter(configs.values())))
+    initialize()
     cache = prepare_workdir(FLAGS.workdir) / "compiled"
     jax.config.update("jax_compilation_cache_dir", str(cache))
     names = ",".join(FLAGS.configs)
@@ -309,4 +317,5 @@ if __name__ == "__main__":
     flags.DEFINE_multi_string("set", [], "KEY=VALUE for every config.")
     flags.DEFINE_string("workdir", "runs/compare", "Where results go.")
     flags.mark_flag_as_required("configs")
+    job.define_flags()
     app.run(main)
