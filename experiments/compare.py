@@ -226,7 +226,7 @@ def _markdown(rows: list[dict[str, str]]) -> list[str]:
 
 
 def draw(everything: list[Runs], path: Path) -> None:
-    """Validation loss against steps, bytes and seconds; every curve is named beside its end."""
+    """Validation loss against steps, bytes and seconds; every curve is named at the right."""
     import matplotlib  # slow to import, an extra
 
     matplotlib.use("agg")
@@ -250,7 +250,7 @@ def draw(everything: list[Runs], path: Path) -> None:
                 x[keep], *np.stack([y.min(0), y.max(0)])[:, keep], alpha=0.08, color=_colour(i)
             )
             name = runs.name.removeprefix(common)
-            ends.append((name, x[-1], y.mean(0)[-1], style))
+            ends.append((name, y.mean(0)[-1], style))
         axis.set(xlabel=label, xscale=scale, yscale="log")
         axis.grid(alpha=0.25, which="both")
         if axis is axes[-1]:
@@ -272,24 +272,15 @@ def _colour(number: int):
 
 
 def _name_ends(axis, ends) -> None:
-    """Names beside the right edge, in the order of the final losses, joined to the curves' ends."""
+    """Names beside the right edge, with the curves' marks, in the order of the final losses."""
     low, high = 0.01, 0.99
-    ranked = sorted(ends, key=lambda end: end[2])
-    for i, (name, x, value, style) in enumerate(ranked):
+    ranked = sorted(ends, key=lambda end: end[1])
+    for i, (name, value, style) in enumerate(ranked):
         y = low + (high - low) * i / max(len(ranked) - 1, 1)
-        place = {"xy": (x, value), "xytext": (1.12, y), "textcoords": "axes fraction"}
-        arrow = {"arrowstyle": "-", "color": style["color"], "linewidth": 0.6, "alpha": 0.7}
-        text = f"{name}  {value:.3g}"
-        axis.annotate(
-            text, color=style["color"], va="center", fontsize=9, arrowprops=arrow, **place
-        )
+        text = f"{name}  {value:.4g}"
+        axis.annotate(text, (1.1, y), xycoords="axes fraction", va="center", fontsize=9)
         axis.plot(
-            1.09,
-            y,
-            transform=axis.transAxes,
-            clip_on=False,
-            markersize=5,
-            **style | {"linestyle": ""},
+            (1.02, 1.08), (y, y), transform=axis.transAxes, clip_on=False, markersize=4, **style
         )
 
 
