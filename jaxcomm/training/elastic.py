@@ -173,11 +173,11 @@ def put_back(snapshot: Snapshot, step: TrainStep) -> tuple[TrainState, list[str]
     for path, spec in specs.items():
         value, apart = snapshot.leaves[path], kinds[path] is Place.PER_WORKER
         shape = _storage.data_spec(spec).shape
-        if value.shape[apart:] != shape[apart:]:
-            if not (apart and path.endswith(_CHUNKS)):
-                raise ValueError(f"state leaf {path} depends on the number of workers")
+        if apart and path.endswith(_CHUNKS):  # of other positions now, even if as long
             value = np.zeros((len(value), *shape[1:]), value.dtype)
             fresh.append(path)
+        elif value.shape[apart:] != shape[apart:]:
+            raise ValueError(f"state leaf {path} depends on the number of workers: it cannot go on")
         sharding = step.workers.sharding(kinds[path])
         assert sharding is not None
         array = jax.make_array_from_process_local_data(sharding, value, shape)
