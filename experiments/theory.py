@@ -98,11 +98,11 @@ def draw(curves: list[Curve], config, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
-    for curve in curves:
+    for i, curve in enumerate(curves):  # dashed and dotted, so that equal ones both show
         mean = np.maximum(curve.errors.mean(0), 1e-38)
         bits = np.where(curve.bits > 0, curve.bits, np.nan)
         for axis, x in ((axes[0], curve.rounds), (axes[1], bits)):
-            (line,) = axis.plot(x, mean, label=curve.label)
+            (line,) = axis.plot(x, mean, ("-", "--", ":")[i % 3], label=curve.label)
             if len(curve.errors) > 1:
                 low, high = np.quantile(curve.errors, (0.25, 0.75), axis=0)
                 axis.fill_between(

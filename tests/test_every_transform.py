@@ -118,7 +118,10 @@ def test_accumulated_with_a_nan_and_resumed(name, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n, method in METHODS.items() if method.shrinks])
 def test_decay_is_not_communicated(name):
-    """Zero gradients: x <- (1 - rate decay) x at every step, whatever the exchange loses."""
+    """Zero gradients: x <- (1 - rate decay) x at every step, whatever the exchange loses.
+
+    0/1 Adam decays from where the workers last met, here two steps ago at most.
+    """
     step = jaxcomm.make_train_step(
         lambda params, batch, key: 0.0 * jnp.sum(params["w"]) * jnp.sum(batch),
         METHODS[name].make(0.5),
@@ -128,9 +131,17 @@ def test_decay_is_not_communicated(name):
     state = step.init(PARAMS, jax.random.key(0))
     for _ in range(4):
         state, _ = step(state, jnp.ones(4))
-    left = jax.tree.map(lambda x: x * (1 - 0.01 * 0.5) ** 4, PARAMS)
+    share = (1 - 2 * 0.01 * 0.5) ** 2 if name == "zero_one_adam" else (1 - 0.01 * 0.5) ** 4
+    left = jax.tree.map(lambda x: x * share, PARAMS)
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5)
     jax.tree.map(close, step.consensus(state), left)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["compressed_average", "two_phase", "majority_vote"])
+def test_composes(name):
+    """Groups, bfloat16, one worker: the methods whose own test files do not check it."""
+    composition.check_all(lambda: METHODS[name].make(0.01), ends=optax.identity)
 
 
 def test_hyperparameters_can_be_scheduled():

@@ -101,27 +101,33 @@ def zero_server_error(params, axis_name: AxisName) -> jax.Array:
     return jnp.zeros((chunk_size(tree_size(params), size(axis_name)),), jnp.float32)
 
 
-def compressed_mean(
-    x: jax.Array,
-    error: jax.Array,
-    server_error: jax.Array,
-    alive: jax.Array,
-    *,
-    compressor: Compressor,
-    axis_name: AxisName,
-    seed: int,
-    count: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """The error-compensated two-phase mean of x, zero where a coordinate is not alive.
+class OneBitExchange(NamedTuple):
+    """The error-compensated two-phase mean."""
 
-    Returns:
-      (mean, replicated; this worker's new error; its new server error).
-    """
-    message = jnp.where(alive, x + error, 0.0)
-    key = message_key(seed, count, axis_name, compressor)
-    result = exchange_mean(message, compressor, axis_name, key, "two_phase", server_error)
-    error = jnp.where(alive, message - result.sent, 0.0)
-    return jnp.where(alive, result.mean, 0.0), error, result.server_error
+    compressor: Compressor  # of both hops
+    axis_name: AxisName
+    seed: int  # of random codecs' keys
+
+    def mean(
+        self, x: jax.Array, state, alive: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+        """The mean of x, zero where a coordinate is not alive.
+
+        Args:
+          x: this worker's vector.
+          state: an optimizer's; its count, error (e_i) and server_error (s) are read.
+          alive: which coordinates take part, the same on all workers.
+
+        Returns:
+          (mean, replicated; this worker's new error, a vector; its new server error).
+        """
+        message = jnp.where(alive, x + flatten(state.error)[0], 0.0)
+        key = message_key(self.seed, state.count, self.axis_name, self.compressor)
+        result = exchange_mean(
+            message, self.compressor, self.axis_name, key, "two_phase", state.server_error
+        )
+        error = jnp.where(alive, message - result.sent, 0.0)
+        return jnp.where(alive, result.mean, 0.0), error, result.server_error
 
 
 def debias(moment: jax.Array, decay, t: jax.Array) -> jax.Array:

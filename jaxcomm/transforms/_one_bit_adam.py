@@ -23,8 +23,8 @@ from jaxcomm.collectives.flatten import zeros_like_float32
 from jaxcomm.compressors._sign import sign
 from jaxcomm.compressors.base import Compressor
 from jaxcomm.transforms._one_bit import (
+    OneBitExchange,
     check_one_bit,
-    compressed_mean,
     debias,
     make_freeze,
     precondition,
@@ -62,6 +62,7 @@ def scale_by_one_bit_adam(
     """The direction of 1-bit Adam, to be scaled by a learning rate; see `one_bit_adam`."""
     check_one_bit("one_bit_adam", compressor, max_update, b1=b1, b2=b2)
     freeze = make_freeze("one_bit_adam", freeze_step, b2, variance_window, warmup_steps)
+    exchange = OneBitExchange(compressor, axis_name, seed)
 
     def init_fn(params):
         zeros = lambda: zeros_like_float32(params)
@@ -79,27 +80,19 @@ def scale_by_one_bit_adam(
         del params, extra
         gradient, unflatten = flatten(updates)
         memory = lambda vector: unflatten(vector, jnp.float32)
-        m, v, error = (flatten(tree)[0] for tree in (state.mu, state.nu, state.error))
+        m, v = flatten(state.mu)[0], flatten(state.nu)[0]
         frozen, t = state.frozen_at >= 0, state.count + 1
 
         def warm_up():
             mean = dense_mean(gradient, axis_name)
             new_m, new_v = b1 * m + (1 - b1) * mean, b2 * v + (1 - b2) * mean**2
             due, norms = freeze.due(t, debias(new_v, b2, t), state.norms)
-            return new_m, new_v, jnp.where(due, t, -1), norms, error, state.server_error
+            memories = flatten(state.error)[0], state.server_error
+            return new_m, new_v, jnp.where(due, t, -1), norms, *memories
 
         def one_bit():
-            mean, new_error, server_error = compressed_mean(
-                b1 * m + (1 - b1) * gradient,
-                error,
-                state.server_error,
-                v > 0,
-                compressor=compressor,
-                axis_name=axis_name,
-                seed=seed,
-                count=state.count,
-            )
-            return mean, v, state.frozen_at, state.norms, new_error, server_error
+            mean, *memories = exchange.mean(b1 * m + (1 - b1) * gradient, state, v > 0)
+            return mean, v, state.frozen_at, state.norms, *memories
 
         m, v, frozen_at, norms, error, server_error = cond(frozen, one_bit, warm_up)
         v_hat = debias(v, b2, jnp.where(frozen, frozen_at, t))

@@ -32,8 +32,8 @@ from jaxcomm.collectives.flatten import zeros_like_float32
 from jaxcomm.compressors._sign import sign
 from jaxcomm.compressors.base import Compressor
 from jaxcomm.transforms._one_bit import (
+    OneBitExchange,
     check_one_bit,
-    compressed_mean,
     debias,
     decaying,
     make_freeze,
@@ -129,6 +129,7 @@ def one_bit_lamb(
     check_one_bit("one_bit_lamb", compressor, max_update, b1=b1, b2=b2, decay=trust.decay)
     freeze = make_freeze("one_bit_lamb", freeze_step, b2, variance_window, warmup_steps)
     trust.check("one_bit_lamb")
+    exchange = OneBitExchange(compressor, axis_name, seed)
 
     def init_fn(params):
         zeros, leaves = lambda: zeros_like_float32(params), len(jax.tree.leaves(params))
@@ -146,9 +147,9 @@ def one_bit_lamb(
             server_error=zero_server_error(params, axis_name),
         )
 
-    def exchange(state, gradient, tensors):
+    def moments(state, gradient, tensors):
         """The moments after this step, as a state; the two branches of the freeze."""
-        m, v, w, error = (flatten(x)[0] for x in (state.mu, state.nu, state.fresh, state.error))
+        m, v, w = (flatten(x)[0] for x in (state.mu, state.nu, state.fresh))
         t, memory = state.count + 1, tensors.memory
 
         def warm_up():
@@ -156,25 +157,17 @@ def one_bit_lamb(
             new_m, new_v = b1 * m + (1 - b1) * mean, b2 * v + (1 - b2) * mean**2
             due, norms = freeze.due(t, debias(new_v, b2, t), state.norms)
             scales = jnp.where(due, one_scale(tensors.rms(new_m)), 1.0)
-            frozen_at = jnp.where(due, t, -1)
-            return new_m, new_v, new_v, scales, frozen_at, norms, error, state.server_error
+            memories = flatten(state.error)[0], state.server_error
+            return new_m, new_v, new_v, scales, jnp.where(due, t, -1), norms, *memories
 
         def one_bit():
             scale = tensors.spread(state.scales)
-            mean, new_error, server_error = compressed_mean(
-                scale * (b1 * m + (1 - b1) * gradient),
-                error,
-                state.server_error,
-                v > 0,
-                compressor=compressor,
-                axis_name=axis_name,
-                seed=seed,
-                count=state.count,
-            )
+            own = scale * (b1 * m + (1 - b1) * gradient)
+            mean, *memories = exchange.mean(own, state, v > 0)
             new_m = mean / scale
             new_w = b2 * w + (1 - b2) * ((new_m - b1 * m) / (1 - b1)) ** 2
             kept = (state.scales, state.frozen_at, state.norms)
-            return new_m, v, new_w, *kept, new_error, server_error
+            return new_m, v, new_w, *kept, *memories
 
         m, v, w, scales, frozen_at, norms, error, server_error = cond(
             state.frozen_at >= 0, one_bit, warm_up
@@ -198,7 +191,7 @@ def one_bit_lamb(
         gradient, unflatten = flatten(updates)
         tensors = Tensors(unflatten, [x.size for x in jax.tree.leaves(updates)])
         frozen = state.frozen_at >= 0
-        new, (m, v, w) = exchange(state, gradient, tensors)
+        new, (m, v, w) = moments(state, gradient, tensors)
         v_hat = debias(v, b2, jnp.where(frozen, state.frozen_at, new.count))
         limit = jnp.where(frozen, update_limit(max_update, b1, b2), jnp.inf)
         adam = precondition(debias(m, b1, new.count), v_hat, eps, limit)

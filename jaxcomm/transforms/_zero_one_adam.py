@@ -28,8 +28,8 @@ from jaxcomm.collectives.flatten import zeros_like_float32
 from jaxcomm.compressors._sign import sign
 from jaxcomm.compressors.base import Compressor
 from jaxcomm.transforms._one_bit import (
+    OneBitExchange,
     check_one_bit,
-    compressed_mean,
     debias,
     decaying,
     precondition,
@@ -124,6 +124,7 @@ def zero_one_adam(
     waits = as_intervals(where, "variance_every", variance_every)
     if isinstance(variance_stop, int) and variance_stop < 1:
         raise ValueError(f"{where}: variance_stop must be at least 1, got {variance_stop}")
+    exchange = OneBitExchange(compressor, axis_name, seed)
 
     def init_fn(params):
         zeros, zero = lambda: zeros_like_float32(params), zero_count()
@@ -167,29 +168,19 @@ def zero_one_adam(
         z, shrinking = flatten(state.anchor)[0], decaying(state.anchor, mask)
         m = b1 * flatten(state.mu)[0] + (1 - b1) * gradient
         moved, rates = flatten(state.moved)[0] + rate * m, state.rates + rate
-        error = flatten(state.error)[0]
 
         def local():
             change = -rate * precondition(m, v_hat, eps, limit) - lr * weight_decay * shrinking
-            own = (m, moved, error, state.server_error)
+            own = (m, moved, flatten(state.error)[0], state.server_error)
             return change, own, (z, rates, decay, state.next_sync)
 
         def meet():
-            total, new_error, server_error = compressed_mean(
-                moved,
-                error,
-                state.server_error,
-                v > 0,
-                compressor=compressor,
-                axis_name=axis_name,
-                seed=seed,
-                count=state.count,
-            )
+            total, *memories = exchange.mean(moved, state, v > 0)
             mean = total / jnp.where(rates > 0, rates, 1.0)
             new_z = z - rates * precondition(mean, v_hat, eps, limit) - decay * shrinking
             change = _difference(unflatten(new_z, jnp.float32), params)
             new_m = jnp.where(rates > 0, mean, m)  # at a rate of zero nothing was moved
-            own = (new_m, jnp.zeros_like(moved), new_error, server_error)
+            own = (new_m, jnp.zeros_like(moved), *memories)
             return change, own, (new_z, jnp.zeros(()), jnp.zeros(()), t + rounds(t))
 
         change, (m, moved, error, server_error), shared = cond(t >= state.next_sync, meet, local)
