@@ -39,13 +39,13 @@ EXCHANGES = {
     "ef21_w": lambda n: jaxcomm.ef21(TOP, AXIS, weight=weights(n)),
     "ef21_plus": lambda n: jaxcomm.ef21_plus(TOP, AXIS),
     "econtrol": lambda n: jaxcomm.econtrol(TOP, AXIS, eta=0.05),
+    "dgc": lambda n: jaxcomm.deep_gradient_compression(0.2, AXIS, momentum=0.5),
     "power_sgd": lambda n: jaxcomm.power_sgd(1, AXIS),
     "majority_vote": lambda n: jaxcomm.majority_vote(AXIS),
     "trace_ef21": lambda n: optax.chain(optax.trace(0.5), jaxcomm.ef21(TOP, AXIS)),
     "masked": lambda n: optax.chain(*halves(two_phase(), jaxcomm.average(AXIS))),
 }
 OPTIMIZERS = {
-    "dgc": lambda n: jaxcomm.deep_gradient_compression(0.2, AXIS, momentum=0.5),
     "one_bit_adam": lambda n: jaxcomm.one_bit_adam(0.02, AXIS, freeze_step=2),
     "zero_one_adam": lambda n: jaxcomm.zero_one_adam(0.02, AXIS, sync_every=3),
     "one_bit_lamb": lambda n: jaxcomm.one_bit_lamb(0.02, AXIS, freeze_step=2),
@@ -303,6 +303,15 @@ def test_eight_simulated_workers_become_four_devices_by_a_checkpoint(tmp_path):
 def test_the_same_number_is_the_same_state():
     state = filled(make("ef21", 4))
     assert jaxcomm.resize_workers(state, 4) is state
+
+
+def test_a_state_without_anything_per_worker_needs_no_resizing():
+    many, few = (make("average", n, mesh=mesh(n)) for n in (4, 2))
+    state, _ = many(many.init(tree(), KEY), batch(0, ROWS))
+    resized, _ = few(jaxcomm.resize_workers(state, 2), batch(1, ROWS))
+    as_it_is, _ = few(state, batch(1, ROWS))
+    assert same(host(resized), host(as_it_is))
+    assert as_it_is.layout.workers.count == 2
 
 
 def test_what_cannot_be_resized_is_refused():

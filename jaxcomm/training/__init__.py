@@ -1,6 +1,7 @@
 """The step, the loop, checkpoints, metrics."""
 
 from jaxcomm.training.checkpoint import Checkpointer, CheckpointError
+from jaxcomm.training.consistency import DivergenceError, ReplicaCheck
 from jaxcomm.training.loop import train_loop
 from jaxcomm.training.metrics import MetricsLogger
 from jaxcomm.training.resize import resize_workers
@@ -11,7 +12,9 @@ from jaxcomm.training.stragglers import find_hung, find_slow, localise, robust_s
 __all__ = [
     "CheckpointError",
     "Checkpointer",
+    "DivergenceError",
     "MetricsLogger",
+    "ReplicaCheck",
     "StragglerMonitor",
     "TrainState",
     "TrainStep",

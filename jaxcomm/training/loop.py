@@ -79,9 +79,9 @@ def train_loop(
     started, check = False, ReplicaCheck()
 
     def save():
-        if check_every and done % check_every:  # else it has just been done
-            check(state)
         if checkpointer is not None and not getattr(step, "lost", ()):  # or wait for the dead
+            if check_every and done % check_every:  # else it has just been done
+                check(state)
             extra = {"sent_bytes": account.settle(), "seconds": seconds}
             checkpointer.save(done, state, data_state=data.get_state(), extra=extra)
 

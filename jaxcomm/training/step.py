@@ -253,12 +253,15 @@ class TrainStep:
         layout = state.layout
         if layout is None or layout.workers is None:
             return state._replace(layout=self.layout)
-        if (there := layout.workers.count) != (here := self.workers.count):
+        if (there := layout.workers.count) == (here := self.workers.count):
+            return state
+        if not self._fits(state):
             raise ValueError(
                 f"the state is of {there} workers, this step has {here}: give it "
                 f"resize_workers(state, {here})"
             )
-        return state
+        # nothing in it depends on their number
+        return state._replace(layout=Layout(self._init, self.workers, self.places, placed=False))
 
     def _own(self, state: TrainState) -> TrainState:
         """The checked state; one from `resize_workers` is put on this step's devices."""
@@ -267,7 +270,7 @@ class TrainStep:
         if layout is None or layout.placed:
             return state
         self._locate(state)
-        if self.workers.mesh is not None:
+        if self.workers.mesh is not None and not isinstance(state.step, Tracer):
             state = jax.tree.map(self._put, self.places, state)
         return state._replace(layout=layout.at_home(self.workers))
 
@@ -285,15 +288,19 @@ class TrainStep:
 
     def _locate(self, state: TrainState) -> None:
         """Finds the places for a state that this object did not make."""
-        if self.places is not None:
-            return
+        if self.places is None and not self._fits(state):
+            raise ValueError("the state does not belong to this step: its tree or shapes differ")
+
+    def _fits(self, state: TrainState) -> bool:
+        """Whether the state has the tree and the shapes of this step's states."""
+        before = self.places
         shapes = jax.tree.map(jnp.shape, state)
         drop = lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
         for params in (state.params, jax.tree.map(drop, state.params)):
             if jax.tree.map(jnp.shape, self.abstract_state(params, state.key)) == shapes:
-                return
-        self.layout.places = None
-        raise ValueError("the state does not belong to this step: its tree or shapes differ")
+                return True
+        self.layout.places = before
+        return False
 
 
 def make_train_step(
