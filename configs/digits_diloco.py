@@ -12,5 +12,5 @@ from configs import common
 def get_config(argument=None):
     config = common.digits(argument)
     config.tx = "optax.adamw(learning_rate)"
-    config.sync = "diloco(axis_name, 30, total_steps=steps)"
+    config.sync = "diloco(axis_name, 30, outer_momentum=0.5, total_steps=steps)"
     return config

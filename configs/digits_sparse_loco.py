@@ -12,5 +12,5 @@ from configs import common
 def get_config(argument=None):
     config = common.digits(argument)
     config.tx = "optax.adamw(learning_rate)"
-    config.sync = "sparse_loco(axis_name, 30, density=0.03, total_steps=steps)"
+    config.sync = "sparse_loco(axis_name, 5, k=32, total_steps=steps)"
     return config

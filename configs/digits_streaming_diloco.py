@@ -12,5 +12,8 @@ from configs import common
 def get_config(argument=None):
     config = common.digits(argument)
     config.tx = "optax.adamw(learning_rate)"
-    config.sync = "streaming_diloco(axis_name, 32, 4, delay=2, total_steps=steps)"
+    config.sync = (
+        "streaming_diloco(axis_name, 30, 4, delay=2, exchange='two_phase', "
+        "outer_learning_rate=0.7, outer_momentum=0.5, total_steps=steps)"
+    )
     return config

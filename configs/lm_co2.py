@@ -12,7 +12,7 @@ from configs import common
 def get_config(argument=None):
     config = common.lm(argument)
     config.tx = "optax.adamw(learning_rate)"
-    config.sync = "co2(axis_name, 12, total_steps=steps)"
+    config.sync = "co2(axis_name, 12, alpha=0.5, beta=0.0, total_steps=steps)"
     if argument == "smoke":
-        config.learning_rate.peak = 0.01
+        config.learning_rate.peak = 0.02
     return config

@@ -13,5 +13,5 @@ def get_config(argument=None):
     config.learning_rate.peak = 0.001
     config.tx = "demo(learning_rate, axis_name)"
     if argument == "smoke":
-        config.learning_rate.peak = 0.002
+        config.learning_rate.peak = 0.005
     return config

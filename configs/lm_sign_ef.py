@@ -14,5 +14,5 @@ def get_config(argument=None):
     exchange = "error_feedback(sign(), axis_name, exchange='two_phase')"
     config.tx = f"optax.chain({exchange}, optax.adamw(learning_rate))"
     if argument == "smoke":
-        config.learning_rate.peak = 0.0025
+        config.learning_rate.peak = 0.01
     return config
