@@ -5,7 +5,9 @@
 Real processes, each in a network namespace behind a token bucket (needs root; without it, or with
 `--rates=raw`, plain loopback). Cases that WORKDIR/rows.jsonl has are kept: an interrupted run goes
 on. Writes peers.md, peers.json and peers.png. `--quick`: 4 hosts, 100 and 10 Mbit/s, the methods
-that matter most, fewer steps. The PyTorch rows need `pip install jaxcomm[peers]`.
+that matter most, fewer steps. The PyTorch rows need `pip install jaxcomm[peers]`. Not here:
+hivemind (pip finds no versions of its needs that fit each other) and torchft's DiLoCo (it wants a
+lighthouse and a manager server beside the hosts).
 """
 
 import dataclasses

@@ -156,7 +156,7 @@ def report(rows: Iterable[dict], names: list[str], options: str = "") -> str:
     """The results as markdown; `names` is the order of the methods."""
     found = index(rows)
     lines = ["# jaxcomm beside PyTorch DDP", "", f"    python -m experiments.bench peers {options}"]
-    lines = [*lines[:2], lines[2].rstrip(), "", *TEXT.splitlines(), ""]
+    lines = [*lines[:2], lines[2].rstrip(), "", *TEXT.splitlines(), *_about(found), ""]
     for hosts in sorted({key[3] for key in found}):
         lines += [f"## {hosts} hosts", ""]
         if told := checks(found, hosts):
@@ -180,6 +180,21 @@ Trajectories do not depend on the link: losses are those of one training without
 seconds to a loss are its steps, each at what its kind (local, meeting, ...) costs on the link.
 Validation loss in nats a byte. Of dense methods on the slowest link only few steps are timed.
 """
+
+
+def _about(rows: Rows) -> list[str]:
+    """Versions, and how busy the machine was."""
+    abouts = [row["about"] for row in rows.values() if "about" in row]
+    loads = [row["load"] for row in rows.values() if "load" in row]
+    values: dict[str, list[str]] = {}
+    for name, value in (pair for about in abouts for pair in about.items()):
+        values.setdefault(name, [])
+        values[name] += [value] * (value not in values[name])
+    lines = [", ".join(f"{k} {' and '.join(v)}" for k, v in values.items()) + "."] if values else []
+    if loads:
+        span = f"{min(loads):.1f} to {max(loads):.1f}"
+        lines.append(f"Processes that wanted a core in the minute before a case: {span}.")
+    return lines
 
 
 def _table(heads: list[str], body: list[list[str]]) -> list[str]:

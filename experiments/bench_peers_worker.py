@@ -8,9 +8,11 @@ started behind a bucket; here each sets its own to the rate of the case, or remo
 """
 
 import dataclasses
+import importlib.metadata
 import itertools
 import json
 import os
+import platform
 import statistics
 import subprocess
 import sys
@@ -232,9 +234,18 @@ def main(todo: str, rows: str) -> None:
         results = (bench.loss(c) for c in same) if kind == "loss" else bench.times(same)
         for case, result in zip(same, results):
             if jax.process_index() == 0:
+                row = dataclasses.asdict(case) | result | {"about": _about()}
                 with open(rows, "a") as file:
-                    file.write(json.dumps(dataclasses.asdict(case) | result) + "\n")
+                    file.write(json.dumps(row) + "\n")
                 print(_line(case, result), flush=True)
+
+
+def _about() -> dict[str, str]:
+    """What was measured with."""
+    found = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
+    names = ("jax", "jaxlib", "torch")
+    python = {"python": platform.python_version(), "cores": str(os.cpu_count())}
+    return python | {name: found[name] for name in names if name in found}
 
 
 def _line(case: Case, result: dict) -> str:

@@ -126,6 +126,7 @@ def time_row(method, rate, kinds, steps, alone, local, size="small", hosts=4):
         "local": local,
         "bytes": 100.0,
         "load": 1.0,
+        "about": {"jax": "1.2", "torch": "3.4" if rate == "10mbit" else "3.5"},
     }
 
 
@@ -187,6 +188,7 @@ def test_report_has_every_method_and_check(rows):
     for name in {row["method"] for row in rows}:
         assert text.count(f"| {name} |") >= 2
     assert "| dense no more than DDP's, 100mbit |" in text
+    assert "jax 1.2, torch 3.5 and 3.4." in text
     diloco = next(x for x in text.splitlines() if x.startswith("| jaxcomm DiLoCo | 100 |"))
     assert "0.300 | 0.200 | 0.250" in diloco  # a step, exposed, overhead
     widths = {}
