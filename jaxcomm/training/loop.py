@@ -49,6 +49,7 @@ def train_loop(
     resize: bool = False,
     check_every: int = 0,
     watchdog: Watchdog | None = None,
+    monitor: Callable[[int, float], Any] | None = None,
 ) -> Run:
     """Trains up to `steps` steps, from the last checkpoint if there is one.
 
@@ -67,6 +68,8 @@ def train_loop(
       check_every: steps between two comparisons of the replicas' bits (`ReplicaCheck`), which also
         precede every save; 0 for none.
       watchdog: is told of every step.
+      monitor: is called with the step and its `seconds` after every line of metrics, on every
+        process (`StragglerMonitor`).
     """
     account, clock, seconds = Account(step), Stopwatch(), 0.0
     if checkpointer is not None and checkpointer.latest() is not None:
@@ -110,6 +113,8 @@ def train_loop(
                 if evaluate and evaluating:
                     values |= evaluate(step.consensus(state))
                 logger.log(done, values)
+                if monitor is not None:
+                    monitor(done, seconds)
             stopping = stop.requested(done)
             if last or stopping or (checkpoint_every and done % checkpoint_every == 0):
                 save()
