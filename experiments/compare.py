@@ -156,7 +156,7 @@ def table_rows(everything: list[Runs]) -> list[dict[str, str]]:
 def _dense_loss(everything: list[Runs]) -> float | None:
     """Mean loss of the first config that sends what a dense average would."""
     for runs in everything:
-        if np.allclose(runs.values("dense_over_sent"), 1.0):
+        if np.allclose(runs.values("dense_over_sent"), 1.0, atol=0.01):  # metrics travel, too
             return runs.values("validation_loss").mean()
     return None
 
