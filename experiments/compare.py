@@ -252,6 +252,8 @@ def draw(everything: list[Runs], path: Path) -> None:
             name = runs.name.removeprefix(common)
             ends.append((name, y.mean(0)[-1], style))
         axis.set(xlabel=label, xscale=scale, yscale="log")
+        if scale == "log":
+            axis.xaxis.set_minor_formatter("")  # they would overlap
         axis.grid(alpha=0.25, which="both")
         if axis is axes[-1]:
             _name_ends(axis, ends)
