@@ -19,7 +19,8 @@ from experiments.schedules import learning_rate
 from experiments.tasks import Task
 from jaxcomm.traffic.alone import without_communication
 from jaxcomm.training.loop import put_batch
-from jaxcomm.training.step import TrainStep, make_train_step
+from jaxcomm.training.make import make_train_step
+from jaxcomm.training.step import TrainStep
 
 Arrays = dict[str, np.ndarray]
 

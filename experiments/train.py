@@ -28,8 +28,9 @@ from jaxcomm.training.checkpoint import Checkpointer, CheckpointError
 from jaxcomm.training.distributed import initialize
 from jaxcomm.training.elastic import ElasticStep, prepare
 from jaxcomm.training.loop import train_loop
+from jaxcomm.training.make import make_train_step
 from jaxcomm.training.metrics import MetricsLogger, device_arithmetic, prepare_workdir
-from jaxcomm.training.step import TrainStep, make_train_step
+from jaxcomm.training.step import TrainStep
 from jaxcomm.training.watchdog import Watchdog, give_up
 
 MODES = ("devices", "simulate", "pmap")

@@ -3,9 +3,10 @@
 from jaxcomm.training.checkpoint import Checkpointer, CheckpointError
 from jaxcomm.training.consistency import DivergenceError, ReplicaCheck
 from jaxcomm.training.loop import train_loop
+from jaxcomm.training.make import make_train_step
 from jaxcomm.training.metrics import MetricsLogger
 from jaxcomm.training.resize import resize_workers
-from jaxcomm.training.step import TrainState, TrainStep, make_train_step
+from jaxcomm.training.step import TrainState, TrainStep
 from jaxcomm.training.straggler_monitor import StragglerMonitor
 from jaxcomm.training.stragglers import find_hung, find_slow, localise, robust_scores
 
