@@ -19,6 +19,7 @@ import jaxcomm
 from experiments.expressions import evaluate
 from experiments.problems import Problem
 from jaxcomm.collectives import index
+from jaxcomm.traffic import count
 from jaxcomm.traffic.ledger import METRICS
 from jaxcomm.transforms import EControlState, EF21State, JustOneByte
 
@@ -58,6 +59,7 @@ def run_method(problem: Problem, label: str, text: str, error: Callable, config)
     """The error of one method along `config.rounds` rounds, for seeds 0 to `config.seeds` - 1."""
     scope = functools.partial(_evaluate, problem, text, f"config.methods[{label!r}]")
     make = _one_byte if isinstance(scope(0), JustOneByte) else _optimizer
+    make = _estimated if "page(" in text else make
     algorithm = make(problem, scope, config.dense_start)
     every = config.record_every
     points = max(config.rounds // every, 1)
@@ -139,6 +141,37 @@ def _one_byte(problem: Problem, make: Callable, dense_start: bool) -> Algorithm:
 
     init = lambda seed: (seed, make(seed).init(jnp.asarray(problem.start)))
     return Algorithm(init, one_round, lambda state: state[1].params)
+
+
+def _estimated(problem: Problem, make: Callable, dense_start: bool) -> Algorithm:
+    """A chain that begins with `page`: its update takes gradients as functions."""
+    del dense_start
+    tx, start = optax.with_extra_args_support(make(0)), jnp.asarray(problem.start)
+    numbers = jnp.arange(problem.workers)
+
+    def worker(x, state, row, key, number):
+        key = jax.random.fold_in(key, number)
+        small = lambda y: jax.grad(problem.loss)(y, row, key)
+        full = lambda y: jax.grad(problem.local)(y, row)
+        g = small(x)
+        updates, state = tx.update(g, state, x, gradient_fn=small, full_gradient_fn=full)
+        return optax.apply_updates(x, updates), state
+
+    def one_round(state, batch):
+        key, x, opt_state = state
+        key, use = jax.random.split(key)
+        each = jax.vmap(worker, (0, 0, 0, None, 0), axis_name=AXIS)
+        return (key, *each(x, opt_state, batch, use, numbers)), sent
+
+    def init(seed):
+        each = jax.vmap(lambda _: (start, tx.init(start)), axis_name=AXIS)(numbers)
+        return jax.random.key(seed), *each
+
+    update = lambda g: tx.update(
+        g, tx.init(g), g, gradient_fn=lambda y: y, full_gradient_fn=lambda y: y
+    )[0]
+    sent = 8.0 * sum(c.operand_bytes for c in count(update, start, axis_sizes={AXIS: len(numbers)}))
+    return Algorithm(init, one_round, lambda state: state[1][0])
 
 
 def _know_gradients(opt_state, problem: Problem):

@@ -154,6 +154,13 @@ def expect_ef21_pp(curves):
     assert max(ends(curves).values()) < 1e-6
 
 
+def expect_ef21_page(curves):
+    stalled, page, full = (c.errors[0] for c in curves)
+    assert stalled[-10:].mean() > 1e4 * page[-1]
+    assert page[-1] < 1e-9
+    assert full[-1] < 1e-9
+
+
 def expect_ef21_sgdm(curves):
     end = ends(curves)
     assert end["EF21-SGD, step 0.001"] > 0.3 * end["EF21-SGD, step 0.01"]
