@@ -183,8 +183,9 @@ def report(probe: Probe) -> str:
     for i in range(probe.hosts):
         cells = [f"from {i:<3}"]
         for latency, bandwidth in zip(probe.latency[i], probe.bandwidth[i]):
-            known = latency is not None and bandwidth is not None
-            text = f"{bandwidth / 1e6:.4g} ({1e6 * latency:.0f})" if known else "-"
+            text = "-"
+            if latency is not None and bandwidth is not None:
+                text = f"{bandwidth / 1e6:.4g} ({1e6 * latency:.0f})"
             cells.append(f"{text:>18}")
         lines.append("".join(cells))
     lines += map(str, probe.faults or ["no host or link stands out"])

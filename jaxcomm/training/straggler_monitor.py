@@ -19,7 +19,7 @@ from absl import logging
 
 from jaxcomm.traffic.alone import without_communication
 from jaxcomm.training.distributed import client
-from jaxcomm.training.stragglers import Finding, find_slow
+from jaxcomm.training.stragglers import EVERYBODY, Finding, find_slow
 from jaxcomm.training.workers import Place
 
 PREFIX = "jaxcomm/times/"
@@ -56,6 +56,7 @@ class StragglerMonitor:
         self._store: Any = store if store is not None or self._processes == 1 else client()
         self._last: tuple[int, float] | None = None
         self._usual: float | None = None  # seconds of the shortest collective so far
+        self._suspected = False  # whether everybody seemed slow the last time
         self.times = np.full((self._processes, 3), math.nan)  # step, compute, collective
 
     def __call__(self, step: int, seconds: float) -> list[Finding]:
@@ -79,6 +80,11 @@ class StragglerMonitor:
             return []
         found = find_slow(self.times[:, 1], self.times[:, 2], self._usual)
         self._remember()
+        # once may have been an evaluation or a save between the two lines
+        everybody = any(finding.process == EVERYBODY for finding in found)
+        if everybody and not self._suspected:
+            found = [finding for finding in found if finding.process != EVERYBODY]
+        self._suspected = everybody
         for finding in found:
             logging.warning("step %d: %s", step, finding)
         return found
