@@ -1,0 +1,191 @@
+"""The rows of `experiments.bench scale` as markdown and as a figure."""
+
+import functools
+from pathlib import Path
+
+import jax
+
+import jaxcomm
+from experiments.bench_scale_cases import METHODS, ROUND, make_step, mlp, mlp_batch, mlp_loss
+
+GROW = ("workers", "parameters", "leaves")
+OVERHEAD = 1.055  # Ethernet frames of 1,514 bytes and their headers, as `bench wire` measures
+LATENCY = 1e-4
+CURVE = (2, 4, 8, 16, 64, 256, 1024, 4096)
+MOST_GROWTH, MOST_ERROR = 1.3, 0.15
+
+
+@functools.cache
+def traffic_of(method: str, workers: int) -> jaxcomm.Traffic:
+    """What a step of the hosts' model sends; traced, nothing runs."""
+    step = make_step(method, mlp_loss, simulate=workers)
+    state = step.abstract_state(mlp(), jax.random.key(0))
+    shape = lambda x: jax.ShapeDtypeStruct((workers * x.shape[0], *x.shape[1:]), x.dtype)
+    return jaxcomm.traffic(step, state, jax.tree.map(shape, mlp_batch(1)))
+
+
+def predicted(method: str, workers: int, rate: str, compute: float) -> jaxcomm.Prediction:
+    """What `plan` says of a step of the hosts' model."""
+    link = jaxcomm.Link.parse(rate, latency=LATENCY, overhead=OVERHEAD)
+    rare = 1 / ROUND if method == "local" else 1.0
+    traffic = traffic_of(method, workers)
+    return jaxcomm.predict(traffic, link, compute_seconds=compute, rounds_per_step=rare)
+
+
+def report(alone: list[dict], between: list[dict]) -> str:
+    """Everything as markdown."""
+    lines = ["# Cost as the work grows", "", "    python -m experiments.bench scale", ""]
+    for grows in GROW:
+        if rows := [row for row in alone if row["grows"] == grows]:
+            lines += [*_growth(grows, rows), ""]
+    if between:
+        lines += [*_predictions(between), "", *_curve(between), ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def growth(rows: list[dict], grows: str, field: str, method: str) -> float | None:
+    """How often the largest case's figure is the smallest one's."""
+    mine = sorted((r for r in rows if r["method"] == method), key=lambda r: r[grows])
+    if len(mine) < 2 or not mine[0][field]:
+        return None
+    return mine[-1][field] / mine[0][field]
+
+
+def added_seconds(rows: list[dict], row: dict) -> float | None:
+    """What communication adds to the step, beside the same step without it."""
+    same = lambda r: all(r[k] == row[k] for k in GROW) and r["method"] == "none"
+    bare = next((r["seconds"] for r in rows if same(r)), None)
+    return None if bare is None else row["seconds"] - bare
+
+
+def _growth(grows: str, rows: list[dict]) -> list[str]:
+    title = {
+        "workers": "Simulated workers on one device. Linear cost is the same time for each worker.",
+        "parameters": "Parameters, 4 simulated workers.",
+        "leaves": "The same parameters in more leaves, 2 simulated workers, nothing on a wire.",
+    }
+    lines = [f"## {grows.capitalize()}", "", title[grows]]
+    lines += ["`none` is the same step of workers that never communicate (gradient, SGD);"]
+    lines += ["`added` is what a method's step takes beyond it.", ""]
+    unit = {"workers": "us / worker", "parameters": "ns / parameter", "leaves": "us / leaf"}[grows]
+    scale = 1e9 if grows == "parameters" else 1e6
+    lines += [
+        f"| method | {grows} | seconds | added | {unit} | trace | compile | memory MB | "
+        "collectives | load |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    order = lambda row: (METHODS.index(row["method"]), row[grows])
+    for row in sorted(rows, key=order):
+        added = added_seconds(rows, row)
+        lines.append(
+            f"| {row['method']} | {row[grows]:,} | {row['seconds']:.4f} | "
+            f"{'' if added is None else f'{added:.4f}'} | "
+            f"{scale * row['seconds'] / row[grows]:.2f} | {row['trace_seconds']:.1f} | "
+            f"{row['compile_seconds']:.1f} | {row['memory_bytes'] / 1e6:.0f} | "
+            f"{row['collectives']} | {row['load']:.1f} |"
+        )
+    lines.append("")
+    for method in dict.fromkeys(row["method"] for row in sorted(rows, key=order)):
+        times = growth(rows, grows, "seconds", method)
+        if times is None:
+            continue
+        span = [r[grows] for r in rows if r["method"] == method]
+        text = f"- {method}: {max(span) / min(span):,.0f} times the {grows}, "
+        text += f"{times:.2f} times the seconds a step"
+        if (calls := growth(rows, grows, "collectives", method)) is not None:
+            text += f", {calls:.2f} times the collectives"
+        if grows == "leaves":
+            text += f" (at most {MOST_GROWTH} is wanted)"
+        lines.append(text)
+    return lines
+
+
+def _predictions(rows: list[dict]) -> list[str]:
+    lines = [
+        "## Predicted and measured",
+        "",
+        f"A model of {rows[0]['parameters']:,} parameters on real hosts: medians of the slowest",
+        "host. `alone` is the same step with the communication removed, all hosts at once. The",
+        f"prediction is `jaxcomm.predict` with it, {OVERHEAD} bytes on the wire a byte (frame",
+        f"headers), {1e6 * LATENCY:.0f} us a message. Local meets every {ROUND} steps.",
+        "",
+        "| hosts | link | method | sent bytes | alone | predicted | measured | ratio | load |",
+        "|--:|---|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    ratios = []
+    for row in sorted(rows, key=lambda r: (r["hosts"], r["rate"], METHODS.index(r["method"]))):
+        guess = predicted(row["method"], row["hosts"], row["rate"], row["compute_seconds"])
+        ratios.append(guess.step_seconds / row["seconds"])
+        lines.append(
+            f"| {row['hosts']} | {row['rate']} | {row['method']} | {row['sent_bytes']:,.0f} | "
+            f"{row['compute_seconds']:.4f} | {guess.step_seconds:.4f} | {row['seconds']:.4f} | "
+            f"{ratios[-1]:.2f} | {row['load']:.1f} |"
+        )
+    inside = sum(abs(ratio - 1) <= MOST_ERROR for ratio in ratios)
+    lines += ["", f"{inside} of {len(ratios)} predictions within {MOST_ERROR:.0%}."]
+    return lines
+
+
+def _compute(rows: list[dict], method: str, rate: str) -> float | None:
+    mine = [r for r in rows if (r["method"], r["rate"]) == (method, rate)]
+    return min(mine, key=lambda r: r["hosts"])["compute_seconds"] if mine else None
+
+
+def _curve(rows: list[dict]) -> list[str]:
+    lines = [
+        "## To 4,096 workers",
+        "",
+        "Predicted seconds a step, with the computation measured on the fewest hosts. A gather",
+        "receives every worker's message; decoding more of them than those hosts did is left out.",
+        "",
+        "| link | method | " + " | ".join(f"{n:,}" for n in CURVE) + " |",
+        "|---|---|" + "--:|" * len(CURVE),
+    ]
+    for rate in dict.fromkeys(row["rate"] for row in rows):
+        for method in METHODS[1:]:
+            if (compute := _compute(rows, method, rate)) is not None:
+                seconds = [predicted(method, n, rate, compute).step_seconds for n in CURVE]
+                cells = " | ".join(f"{s:.3g}" for s in seconds)
+                lines.append(f"| {rate} | {method} | {cells} |")
+    return lines
+
+
+def draw(alone: list[dict], between: list[dict], path: Path) -> None:
+    """Seconds a step against what grows; the prediction with the measured points on it."""
+    import matplotlib  # slow to import, an extra
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 4, figsize=(18, 4.2), layout="constrained")
+    colours = dict(zip(METHODS, ("tab:gray", "black", "tab:blue", "tab:orange", "tab:green")))
+    for axis, grows in zip(axes, GROW):
+        for method in METHODS:
+            points = sorted(
+                (r[grows], r["seconds"])
+                for r in alone
+                if (r["grows"], r["method"]) == (grows, method)
+            )
+            if points:
+                axis.loglog(*zip(*points), "o-", color=colours[method], label=method)
+        axis.set(xlabel=grows, ylabel="seconds a step")
+    last, rates = axes[-1], list(dict.fromkeys(row["rate"] for row in between))
+    for rate, style in zip(rates, ("-", "--", ":", "-.")):
+        for method in METHODS[1:]:
+            if (compute := _compute(between, method, rate)) is None:
+                continue
+            curve = [predicted(method, n, rate, compute).step_seconds for n in CURVE]
+            last.loglog(CURVE, curve, style, color=colours[method], label=f"{method}, {rate}")
+            points = [
+                (r["hosts"], r["seconds"])
+                for r in between
+                if (r["method"], r["rate"]) == (method, rate)
+            ]
+            last.loglog(*zip(*points), "o", color=colours[method])
+    last.set(xlabel="workers", ylabel="seconds a step: predicted, measured (dots)")
+    for axis in axes:
+        axis.grid(alpha=0.3)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=7)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

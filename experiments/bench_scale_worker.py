@@ -1,0 +1,80 @@
+"""One case of `experiments.bench scale` in a process of its own, so that its memory is its own.
+
+    python -m experiments.bench_scale_worker CASE
+
+CASE is a case as JSON; the last line of the output is the row as JSON.
+"""
+
+import dataclasses
+import json
+import os
+import resource
+import statistics
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+
+import jaxcomm
+from experiments.bench_scale_cases import Case, bare_step, make_step, tree, tree_loss
+
+REPEATS, BUDGET = 9, 3.0  # steps that are timed; seconds they may take, three at least
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What was measured of a case."""
+
+    grows: str
+    method: str
+    workers: int
+    parameters: int
+    leaves: int
+    seconds: float  # a step, all workers
+    trace_seconds: float  # placement, tracing and lowering
+    compile_seconds: float
+    memory_bytes: int  # at the peak, beyond what imports took
+    collectives: int  # a step
+    load: float  # runnable processes on this machine, the minute's mean
+
+
+def measure(case: Case) -> Row:
+    """Compiles and runs the step."""
+    load, before = os.getloadavg()[0], _peak()
+    params, batch = tree(case.parameters, case.leaves), jnp.ones((case.workers, 1))
+    start = time.perf_counter()
+    step = None
+    if case.method == "none":
+        state = jax.tree.map(lambda x: jnp.stack([x] * case.workers), params)
+        lowered = jax.jit(bare_step, donate_argnums=0).lower(state, batch)
+    else:
+        step = make_step(case.method, tree_loss, simulate=case.workers)
+        state = step.init(params, jax.random.key(0))
+        lowered = step.lower(state, batch)
+    traced = time.perf_counter()
+    run = lowered.compile()
+    compiled = time.perf_counter()
+    times: list[float] = []
+    while len(times) < 4 or (len(times) < REPEATS + 1 and sum(times) < BUDGET):
+        begin = time.perf_counter()
+        state = jax.block_until_ready(run(state, batch))[0]
+        times.append(time.perf_counter() - begin)
+    count = 0 if step is None else len(jaxcomm.traffic(step, state, batch).every_step)
+    return Row(
+        **dataclasses.asdict(case),
+        seconds=statistics.median(times[1:]),
+        trace_seconds=traced - start,
+        compile_seconds=compiled - traced,
+        memory_bytes=_peak() - before,
+        collectives=count,
+        load=load,
+    )
+
+
+def _peak() -> int:
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+if __name__ == "__main__":
+    print(json.dumps(dataclasses.asdict(measure(Case(**json.loads(sys.argv[1]))))))
