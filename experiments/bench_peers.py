@@ -14,12 +14,13 @@ import dataclasses
 import importlib.util
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from absl import flags
 
-from experiments import cluster
+from experiments import cluster, netns
 from experiments.bench_peers_cases import HOSTS, METHODS, RATES, RAW, Case, cases
 from experiments.bench_peers_report import draw, report
 
@@ -59,7 +60,7 @@ def run(todo: list[Case], workdir: Path, setting: Setting) -> list[dict]:
       RuntimeError: hosts failed; what they had finished is kept.
     """
     workdir.mkdir(parents=True, exist_ok=True)
-    path = workdir / f"rows_{setting.steps}.jsonl"
+    path = _path(workdir, setting)
     for hosts in sorted({case.hosts for case in todo}):
         missing = [c for c in todo if c.hosts == hosts and _key(c) not in _rows(path)]
         if not missing:
@@ -76,6 +77,10 @@ def run(todo: list[Case], workdir: Path, setting: Setting) -> list[dict]:
             raise RuntimeError(f"bench peers: {outcome.reason}")
     done = _rows(path)
     return [done[_key(case)] for case in todo]
+
+
+def _path(workdir: Path, setting: Setting) -> Path:
+    return workdir / f"rows_{setting.steps}.jsonl"
 
 
 class _environment:
@@ -120,6 +125,17 @@ def torch_missing(find: Callable = importlib.util.find_spec) -> str:
     return "PyTorch is not installed: its rows are left out (pip install 'jaxcomm[peers]')."
 
 
+def possible(rates: tuple[str, ...]) -> tuple[str, ...]:
+    """The links that this machine can have; says so if those are not all."""
+    if any(rates):
+        try:
+            netns.check_machine()
+        except netns.NetworkError as error:
+            print(f"Only plain loopback is measured: {error}")
+            return (RAW,)
+    return rates
+
+
 def define_flags() -> None:
     """The command line of this measurement."""
     flags.DEFINE_string("workdir", "runs/bench_peers", "Where rows, table and figure go.")
@@ -141,13 +157,27 @@ def main(arguments: list[str]) -> None:
         print(without)
     hosts = tuple(int(n) for n in values.hosts or ((4,) if quick else HOSTS))
     given = values.rates or (QUICK_RATES if quick else RATES)
-    rates = tuple(RAW if rate == "raw" else rate for rate in given)
+    rates = possible(tuple(RAW if rate == "raw" else rate for rate in given))
     steps = values.steps or (QUICK_STEPS if quick else STEPS)
     seconds = QUICK_SECONDS if quick else SECONDS
-    setting = Setting(steps, seconds, any(rates) and os.geteuid() == 0, values.timeout)
+    setting = Setting(steps, seconds, any(rates), values.timeout)
     todo = [c for c in cases(hosts, rates, quick, not without) if values.only in c.method]
     workdir = Path(values.workdir)
-    rows = run(todo, workdir, setting)
+    failed = ""
+    try:
+        rows = run(todo, workdir, setting)
+    except RuntimeError as error:  # there may be rows enough for a table
+        failed, done = str(error), _rows(_path(workdir, setting))
+        rows = [done[key] for key in map(_key, todo) if key in done]
+    if failed:
+        print(failed, file=sys.stderr)
+    if rows:
+        _publish(rows, workdir, quick)
+    if failed:
+        sys.exit(1)
+
+
+def _publish(rows: list[dict], workdir: Path, quick: bool) -> None:
     text = report(rows, [m.name for m in METHODS], "--quick " if quick else "")
     (workdir / "peers.md").write_text(text)
     temporary = workdir / "peers.json.tmp"

@@ -239,7 +239,7 @@ def _loss_table(rows: Rows, names: list[str], hosts: int) -> list[str]:
     for rate in rates:
         heads += [f"{rate or 'raw'}: s to {target:.3f}", "dense / this", "loss at {:.0f} s"]
         clocks = [c for m in trained if (c := clock(rows, m, hosts, rate)) is not None]
-        ends[rate] = min(float(c[-1]) for c in clocks)
+        ends[rate] = min((float(c[-1]) for c in clocks), default=0.0)
         heads[-1] = heads[-1].format(ends[rate])
     for name in trained:
         cells = [name, f"{final_loss(rows, name, hosts):.3f}"]

@@ -213,6 +213,33 @@ def test_a_finished_measurement_runs_nothing(rows, tmp_path, monkeypatch):
     assert bench_peers.run(todo, tmp_path, setting) == rows[::-1]
 
 
+def test_an_interrupted_measurement_prints_what_it_has(rows, tmp_path, monkeypatch, capsys):
+    (tmp_path / "rows_40.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    outcome = SimpleNamespace(exit_code=130, reason="got SIGINT")
+    launch = lambda job: SimpleNamespace(outcome=outcome)
+    monkeypatch.setattr(bench_peers.cluster, "launch", launch)
+    values = SimpleNamespace(quick=True, hosts=None, rates=["raw"], steps=40, only="")
+    values.workdir, values.timeout = str(tmp_path), None
+    monkeypatch.setattr(bench_peers.flags, "FLAGS", values)
+    monkeypatch.setattr(bench_peers, "draw", lambda rows, path: None)
+    with pytest.raises(SystemExit) as ended:
+        bench_peers.main([])
+    assert ended.value.code == 1
+    told = capsys.readouterr()
+    assert told.err == "bench peers: got SIGINT\n"
+    assert "## 4 hosts" in told.out
+    assert (tmp_path / "peers.json").exists()
+
+
+def test_a_machine_without_throttled_hosts_measures_loopback(monkeypatch, capsys):
+    def refuse():
+        raise bench_peers.netns.NetworkError("--rate needs root")
+
+    monkeypatch.setattr(bench_peers.netns, "check_machine", refuse)
+    assert bench_peers.possible((RAW, "10mbit")) == (RAW,)
+    assert capsys.readouterr().out == "Only plain loopback is measured: --rate needs root\n"
+
+
 @pytest.mark.slow
 def test_two_processes_train_and_time_the_jax_side(tmp_path):
     names = (JAX_DENSE, "plain JAX dense", "jaxcomm DiLoCo")
