@@ -121,11 +121,12 @@ class Run:
         )
         self.lines: list[tuple[float, str]] = []
         self._log, self._changed, self._over = log, threading.Condition(), False
-        threading.Thread(target=self._read, daemon=True).start()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
 
     def _read(self) -> None:
         assert self.process.stdout is not None
-        with self._log.open("w") as log:
+        with self._log.open("w") as log, self.process.stdout:
             for line in self.process.stdout:
                 log.write(line)
                 with self._changed:
@@ -172,6 +173,7 @@ class Run:
                 self.process.wait(15)
             self.process.kill()
         self.process.wait()
+        self._reader.join(10)
 
 
 def hit(case: Case, run: Run, folder: Path) -> None:

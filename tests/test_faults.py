@@ -1,11 +1,12 @@
 """Processes that die, get stuck or lose their disk: who is named, what is started again."""
 
 import re
+import sys
 import time
 
 import pytest
 
-from experiments import cluster, processes
+from experiments import bench_faults, cluster, processes
 from jaxcomm.training.watchdog import FINISHED, Beat, Watch, Watchdog
 
 NOBODY = (-1, "nobody was accused")
@@ -175,3 +176,65 @@ def test_restarts_come_to_an_end_and_the_time_out_holds_for_all_attempts():
     assert report.outcome.exit_code == 124
     assert report.failures
     assert time.monotonic() - begin < 10
+
+
+# ---------------------------------------------------------------- the fault script
+
+
+def test_draws_follow_from_the_seed_and_take_turns():
+    cases = [bench_faults.draw(0, i, bench_faults.KINDS) for i in range(60)]
+    assert cases == [bench_faults.draw(0, i, bench_faults.KINDS) for i in range(60)]
+    assert cases != [bench_faults.draw(1, i, bench_faults.KINDS) for i in range(60)]
+    assert {case.method for case in cases} == set(bench_faults.METHODS)
+    for case in cases:
+        assert 0 <= case.rank < case.processes
+        assert 0 < case.step < bench_faults.STEPS
+        if case.kind == "continue":  # process 0 hosts the coordination service
+            assert case.rank > 0
+            assert case.processes == 3
+    assert [case.kind for case in cases[:6]] == list(bench_faults.KINDS)
+
+
+def test_the_table_has_a_line_a_kind():
+    row = {"kind": "kill", "failure": None, "noticed_seconds": 1.0, "lost_steps": 3}
+    rows = [{**row, "recovery_seconds": 10.0}, {**row, "recovery_seconds": 30.0, "lost_steps": 9}]
+    rows.append({"kind": "full", "failure": "it hung"})
+    *_, kill, full = bench_faults.table(rows).splitlines()
+    assert kill == "| kill | 2 | 0 | 1.0, 1.0 | 20.0, 30.0 | 6, 9 |"
+    assert full == "| full | 1 | 1 |  |  |  |"
+
+
+def test_unknown_faults_are_refused():
+    with pytest.raises(ValueError, match=r"kinds must be of kill, .* got flood"):
+        bench_faults.possible(["kill", "flood"])
+
+
+def test_lines_are_read_as_they_come_and_no_fault_hits_a_stranger(tmp_path):
+    run = bench_faults.Run([sys.executable, "-c", "print('step 1/2')"], tmp_path / "log", tmp_path)
+    _, _, match = run.wait_for(r"step (\d)/", time.monotonic() + 20)
+    assert match[1] == "1"
+    with pytest.raises(TimeoutError, match="no line with 'never'"):
+        run.wait_for("never", time.monotonic() + 20)
+    with pytest.raises(ProcessLookupError, match="no process of rank 1"):
+        run.pid(1)
+    run.end()
+    assert (tmp_path / "log").read_text() == "step 1/2\n"
+
+
+FAULTS = ("kill", "stop", "full", "continue")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("number", range(len(FAULTS)), ids=FAULTS)
+def test_a_fault_in_mid_run(number, tmp_path_factory):
+    kind = FAULTS[number]
+    if kind not in bench_faults.possible([kind]):
+        pytest.skip(f"this machine does not allow {kind}")
+    workdir = tmp_path_factory.getbasetemp() / "faults"  # they share the run without a fault
+    processes_ = 3 if kind == "continue" else 2
+    case = bench_faults.Case(number, kind, "ef21", processes_, 1, 35, 0.02)
+    row = bench_faults.measure(case, workdir, timeout=240.0, stuck=8.0)
+    assert row["failure"] is None, row
+    assert row["lost_steps"] <= bench_faults.STEPS
+    assert row["attempts"] == (1 if kind == "continue" else 2) or kind == "full"
