@@ -19,11 +19,15 @@ README = ROOT / "README.md"
 
 
 def modules():
-    """Every module of the three packages; `__main__` modules would start something."""
+    """Every module of the three packages that can be imported here.
+
+    `__main__` modules would start something; PyTorch is an extra.
+    """
+    without_torch = importlib.util.find_spec("torch") is None
     for package in (jaxcomm, experiments, configs):
         yield package.__name__
         for found in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
-            if not found.name.endswith("__main__"):
+            if not found.name.endswith("__main__") and not (without_torch and "torch" in found.name):
                 yield found.name
 
 
