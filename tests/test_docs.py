@@ -27,7 +27,8 @@ def modules():
     for package in (jaxcomm, experiments, configs):
         yield package.__name__
         for found in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
-            if not found.name.endswith("__main__") and not (without_torch and "torch" in found.name):
+            skipped = found.name.endswith("__main__") or (without_torch and "torch" in found.name)
+            if not skipped:
                 yield found.name
 
 
