@@ -1,9 +1,11 @@
 """One host's part of `experiments.bench overlap`: rounds with and without a background channel.
 
-    python -m experiments.bench_overlap_worker ROWS.jsonl RATE RATIO RULE [RULE ...]
+    python -m experiments.bench_overlap_worker ROWS.jsonl RATE RATIO WORK RULE [RULE ...]
 
-The computation of a step is made so long that the transfers of a round take RATIO of the round's;
-rank 0 appends a line to ROWS.jsonl for each rule.
+The computation of a step is made so long that the transfers of a round take RATIO of the round's.
+WORK is `cores` (products of matrices, on the cores that the transfers use, too) or `elsewhere` (the
+device's thread sleeps, as a host does while its accelerator computes). Rank 0 appends a line to
+ROWS.jsonl for each rule.
 """
 
 import dataclasses
@@ -41,6 +43,7 @@ class Row:
     hosts: int
     rate: str
     ratio: float  # of transfer to computation, as asked for
+    work: str  # where the computation takes place: 'cores' or 'elsewhere'
     compute: float  # the local steps of a round alone
     transfer: float  # the transfers of a round alone
     together: float  # a round, transfers in the background
@@ -59,21 +62,39 @@ def rules() -> dict[str, SyncRule]:
     }
 
 
-def loss_fn(params, batch, key):
-    """A quadratic, and `repeats` products of two matrices that it does not depend on."""
-    del key
-    busy = jax.lax.fori_loop(0, batch["repeats"][0], lambda _, m: m @ m, jnp.eye(SIDE) * 0.5)
-    loss = optax.tree.sum(jax.tree.map(lambda x: 0.5 * jnp.mean(x**2), params))
-    return loss + jax.lax.stop_gradient(busy).sum() * 1e-9
+def _products(repeats):
+    return jax.lax.fori_loop(0, repeats, lambda _, m: m @ m, jnp.eye(SIDE) * 0.5).sum()
 
 
-def make(rule, background: bool):
+def _sleep(repeats):
+    def wait(n):
+        time.sleep(float(n) * 1e-5)
+        return np.float32(0)
+
+    return jax.pure_callback(wait, jax.ShapeDtypeStruct((), jnp.float32), repeats)
+
+
+WORK = {"cores": _products, "elsewhere": _sleep}
+
+
+def make_loss(work: str) -> Callable:
+    """A quadratic, and `repeats` units of work that it does not depend on."""
+
+    def loss_fn(params, batch, key):
+        del key
+        loss = optax.tree.sum(jax.tree.map(lambda x: 0.5 * jnp.mean(x**2), params))
+        return loss + jax.lax.stop_gradient(WORK[work](batch["repeats"][0])) * 1e-9
+
+    return loss_fn
+
+
+def make(rule, background: bool, work: str):
     """The step, its state, on one of this host's two CPU devices."""
     devices = [jax.local_devices(process_index=i)[0] for i in range(jax.process_count())]
     mesh = Mesh(devices, (AXIS,), axis_types=(AxisType.Auto,))
     tx = optax.sgd(0.1)
     step = jaxcomm.make_train_step(
-        loss_fn, tx, axis_name=AXIS, sync=rule, mesh=mesh, background=background
+        make_loss(work), tx, axis_name=AXIS, sync=rule, mesh=mesh, background=background
     )
     half = ELEMENTS // FRAGMENTS
     params = {f"block_{i}": np.ones(half, np.float32) for i in range(FRAGMENTS)}
@@ -83,9 +104,9 @@ def make(rule, background: bool):
 class Bench:
     """The programs of one rule, and how long they take."""
 
-    def __init__(self, rule):
-        self.step, self.state = make(rule, background=True)
-        self.plain, self.plain_state = make(jaxcomm.diloco(AXIS, ROUND), background=False)
+    def __init__(self, rule, work: str):
+        self.step, self.state = make(rule, True, work)
+        self.plain, self.plain_state = make(jaxcomm.diloco(AXIS, ROUND), False, work)
         self.repeats = 1
 
     def batch(self):
@@ -152,17 +173,18 @@ def _seconds(call: Callable) -> float:
     return float(multihost_utils.process_allgather(mine).max())
 
 
-def main(rows: str, rate: str, ratio: str, *names: str) -> None:
+def main(rows: str, rate: str, ratio: str, work: str, *names: str) -> None:
     # a computation that takes every core leaves none to the transfers
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {ONE_THREAD}"
     initialize()
     for name in names:
-        bench = Bench(rules()[name])
+        bench = Bench(rules()[name], work)
         bench.calibrate(float(ratio))
         kinds = ("compute", "transfer", "together", "diloco")
         taken = [[getattr(bench, kind)() for kind in kinds] for _ in range(REPEATS)]
         medians = dict(zip(kinds, map(statistics.median, zip(*taken))))
-        row = Row(name, jax.process_count(), rate, float(ratio), **medians, load=os.getloadavg()[0])
+        load = os.getloadavg()[0]
+        row = Row(name, jax.process_count(), rate, float(ratio), work, **medians, load=load)
         if jax.process_index() == 0:
             with open(rows, "a") as file:
                 file.write(json.dumps(dataclasses.asdict(row)) + "\n")
