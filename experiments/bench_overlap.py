@@ -4,10 +4,12 @@
 
 Real processes, each in a network namespace behind a token bucket (`experiments.cluster`; needs
 root), with two CPU devices: one computes, one makes the transfers. The computation of a step is
-made so long that the transfers of a round take 0.5 and 0.9 of the round's. Rows that
-WORKDIR/rows.jsonl has are kept. Writes overlap.md.
+made so long that the transfers of a round take 0.5 and 0.9 of the round's. Where hosts outnumber
+this machine's cores, also with a computation that leaves the cores alone, as an accelerator's does.
+Rows that WORKDIR/rows.jsonl has are kept. Writes overlap.md.
 """
 
+import os
 from pathlib import Path
 
 from absl import flags
@@ -17,7 +19,7 @@ from experiments.bench_wire import read_rows
 
 RATIOS = ("0.5", "0.9")
 RULES = ("streaming_diloco", "eager_diloco", "co2")
-KEY = ("rule", "hosts", "rate", "ratio")
+KEY = ("work", "rule", "hosts", "rate", "ratio")
 GOAL = 1.08
 
 
@@ -29,20 +31,25 @@ def run(hosts: list[int], rate: str, workdir: Path, timeout: float | None = None
     """
     workdir.mkdir(parents=True, exist_ok=True)
     path = workdir / "rows.jsonl"
-    for n in hosts:
-        for ratio in RATIOS:
-            wanted = [(rule, n, rate, float(ratio)) for rule in RULES]
-            missing = [key[0] for key in wanted if key not in read_rows(path, KEY)]
-            if not missing:
-                continue
-            words = ("-m", "experiments.bench_overlap_worker", str(path), rate, ratio, *missing)
-            job = cluster.Job(words, hosts=n, rate=rate, devices_per_host=2, timeout=timeout)
-            outcome = cluster.launch(job).outcome
-            if outcome.exit_code:
-                raise RuntimeError(f"bench overlap: {outcome.reason}")
+    for work, n, ratio in _settings(hosts):
+        wanted = [(work, rule, n, rate, float(ratio)) for rule in RULES]
+        missing = [key[1] for key in wanted if key not in read_rows(path, KEY)]
+        if not missing:
+            continue
+        words = ("-m", "experiments.bench_overlap_worker", str(path), rate, ratio, work, *missing)
+        job = cluster.Job(words, hosts=n, rate=rate, devices_per_host=2, timeout=timeout)
+        outcome = cluster.launch(job).outcome
+        if outcome.exit_code:
+            raise RuntimeError(f"bench overlap: {outcome.reason}")
     rows = read_rows(path, KEY)
-    keys = [(rule, n, rate, float(r)) for n in hosts for r in RATIOS for rule in RULES]
-    return [rows[key] for key in keys]
+    return [rows[w, rule, n, rate, float(r)] for w, n, r in _settings(hosts) for rule in RULES]
+
+
+def _settings(hosts: list[int]) -> list[tuple[str, int, str]]:
+    """(where the computation takes place, hosts, ratio)."""
+    crowded = [n for n in hosts if n > (os.cpu_count() or 1)]
+    places = [("cores", n) for n in hosts] + [("elsewhere", n) for n in crowded]
+    return [(work, n, ratio) for work, n in places for ratio in RATIOS]
 
 
 def report(rows: list[dict]) -> str:
@@ -56,17 +63,20 @@ def report(rows: list[dict]) -> str:
         "of five measured in turn: its computation alone, its transfers alone, both with the",
         "background channel, and plain DiLoCo, which waits. The goal is at most",
         f"{GOAL} times the larger of the first two. `load`: processes that wanted the cores.",
+        "`work`: on the `cores` that the transfers use, too, or `elsewhere`, the device's thread",
+        "asleep as it is while an accelerator computes.",
         "",
-        "| rule | hosts | rate | computation | transfer | in the background | / larger "
+        "| rule | hosts | work | rate | computation | transfer | in the background | / larger "
         "| DiLoCo | / sum | load |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+        "|---|--:|---|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for row in rows:
         larger = max(row["compute"], row["transfer"])
         total = row["compute"] + row["transfer"]
         lines.append(
-            f"| {row['rule']} | {row['hosts']} | {row['rate']} | {row['compute']:.3f} "
-            f"| {row['transfer']:.3f} | {row['together']:.3f} | {row['together'] / larger:.2f} "
+            f"| {row['rule']} | {row['hosts']} | {row['work']} | {row['rate']} "
+            f"| {row['compute']:.3f} | {row['transfer']:.3f} | {row['together']:.3f} "
+            f"| {row['together'] / larger:.2f} "
             f"| {row['diloco']:.3f} | {row['diloco'] / total:.2f} | {row['load']:.1f} |"
         )
     return "\n".join(lines) + "\n"

@@ -186,8 +186,8 @@ def main(rows: str, rate: str, ratio: str, work: str, *names: str) -> None:
         load = os.getloadavg()[0]
         row = Row(name, jax.process_count(), rate, float(ratio), work, **medians, load=load)
         if jax.process_index() == 0:
-            with open(rows, "a") as file:
-                file.write(json.dumps(dataclasses.asdict(row)) + "\n")
+            with open(rows, "a") as file:  # after half a line, maybe, of a killed run
+                file.write(f"\n{json.dumps(dataclasses.asdict(row))}\n")
             print(row, flush=True)
 
 

@@ -142,8 +142,8 @@ def main(todo: str, rows: str, rate: str) -> None:
         row = measure(case, rate)
         if jax.process_index():
             continue
-        with open(rows, "a") as file:
-            file.write(json.dumps(dataclasses.asdict(row)) + "\n")
+        with open(rows, "a") as file:  # after half a line, maybe, of a killed run
+            file.write(f"\n{json.dumps(dataclasses.asdict(row))}\n")
         ratio = row.counter_bytes / max(row.counted_bytes, 1)
         print(
             f"{i + 1}/{len(cases)} {row.compressor}, {row.exchange}: counter/traffic {ratio:.3f}, "
