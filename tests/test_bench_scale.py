@@ -87,6 +87,7 @@ def test_the_cases():
     assert bench.find("scale") is bench_scale
 
 
+@pytest.mark.slow
 def test_cases_on_one_device_are_measured_once(tmp_path):
     path = tmp_path / "rows.jsonl"
     cases = [Case("leaves", "ef21 block top-k", 2, 2000, n) for n in (10, 150)]
