@@ -221,7 +221,7 @@ def test_lines_are_read_as_they_come_and_no_fault_hits_a_stranger(tmp_path):
     assert (tmp_path / "log").read_text() == "step 1/2\n"
 
 
-FAULTS = ("kill", "stop", "full")  # "continue" does not survive a death during a save: see the notes
+FAULTS = ("kill", "stop", "full")  # not "continue", which a death during a save ends
 
 
 @pytest.mark.slow
