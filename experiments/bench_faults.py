@@ -36,6 +36,7 @@ from absl import flags, logging
 from orbax.checkpoint import v1 as ocp
 
 from experiments import netns
+from experiments.rows import append_row, read_rows
 from jaxcomm.training._checkpoint_files import MARKER, read_marker
 
 KINDS = ("kill", "stop", "preempt", "cut", "full", "continue")
@@ -429,13 +430,11 @@ def faults(count: int, seed: int, workdir: Path, kinds: list[str], timeout: floa
         print(f"faults: {kind} is left out: this machine does not allow it", file=sys.stderr)
     workdir.mkdir(parents=True, exist_ok=True)
     path = workdir / "rows.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    done = {row["number"] for row in rows}
-    for number in set(range(count)) - done:
+    rows = list(read_rows(path, ("number",)).values())
+    for number in set(range(count)) - {row["number"] for row in rows}:
         row = measure(draw(seed, number, chosen), workdir, timeout, stuck)
         rows.append(row)
-        with path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        append_row(path, row)
         ends = row["failure"] or f"recovered in {row['recovery_seconds']:.1f} s"
         print(f"{number + 1}/{count} {row['kind']} {row['method']}: {ends}", flush=True)
         (workdir / "faults.md").write_text(table(rows))

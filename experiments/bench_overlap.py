@@ -15,7 +15,7 @@ from pathlib import Path
 from absl import flags
 
 from experiments import cluster
-from experiments.bench_wire import read_rows
+from experiments.rows import read_rows
 
 RATIOS = ("0.5", "0.9")
 RULES = ("streaming_diloco", "eager_diloco", "co2")

@@ -9,7 +9,6 @@ ROWS.jsonl for each rule.
 """
 
 import dataclasses
-import json
 import os
 import statistics
 import sys
@@ -24,6 +23,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh
 
 import jaxcomm
+from experiments.rows import append_row
 from jaxcomm.sync import SyncRule
 from jaxcomm.training.background import BackgroundStep
 from jaxcomm.training.distributed import initialize
@@ -186,8 +186,7 @@ def main(rows: str, rate: str, ratio: str, work: str, *names: str) -> None:
         load = os.getloadavg()[0]
         row = Row(name, jax.process_count(), rate, float(ratio), work, **medians, load=load)
         if jax.process_index() == 0:
-            with open(rows, "a") as file:  # after half a line, maybe, of a killed run
-                file.write(f"\n{json.dumps(dataclasses.asdict(row))}\n")
+            append_row(rows, dataclasses.asdict(row))
             print(row, flush=True)
 
 

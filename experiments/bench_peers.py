@@ -23,6 +23,7 @@ from absl import flags
 from experiments import cluster, netns
 from experiments.bench_peers_cases import HOSTS, METHODS, RATES, RAW, Case, cases
 from experiments.bench_peers_report import draw, report
+from experiments.rows import read_rows
 
 KEY = tuple(field.name for field in dataclasses.fields(Case))
 STEPS, QUICK_STEPS = 600, 400
@@ -62,7 +63,7 @@ def run(todo: list[Case], workdir: Path, setting: Setting) -> list[dict]:
     workdir.mkdir(parents=True, exist_ok=True)
     path = _path(workdir, setting)
     for hosts in sorted({case.hosts for case in todo}):
-        missing = [c for c in todo if c.hosts == hosts and _key(c) not in _rows(path)]
+        missing = [c for c in todo if c.hosts == hosts and _key(c) not in read_rows(path, KEY)]
         if not missing:
             continue
         plan = {"steps": setting.steps, "seconds": setting.seconds}
@@ -75,7 +76,7 @@ def run(todo: list[Case], workdir: Path, setting: Setting) -> list[dict]:
             outcome = cluster.launch(job).outcome
         if outcome.exit_code:
             raise RuntimeError(f"bench peers: {outcome.reason}")
-    done = _rows(path)
+    done = read_rows(path, KEY)
     return [done[_key(case)] for case in todo]
 
 
@@ -100,18 +101,6 @@ class _environment:
 
 def _xla_flags() -> str:
     return f"{os.environ.get('XLA_FLAGS', '')} {XLA_THREADS}".strip()
-
-
-def _rows(path: Path) -> dict[tuple, dict]:
-    """The finished rows; a line that a killed run left behind half-written is none."""
-    rows = {}
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        rows[tuple(row[name] for name in KEY)] = row
-    return rows
 
 
 def _key(case: Case) -> tuple:
@@ -167,7 +156,7 @@ def main(arguments: list[str]) -> None:
     try:
         rows = run(todo, workdir, setting)
     except RuntimeError as error:  # there may be rows enough for a table
-        failed, done = str(error), _rows(_path(workdir, setting))
+        failed, done = str(error), read_rows(_path(workdir, setting), KEY)
         rows = [done[key] for key in map(_key, todo) if key in done]
     if failed:
         print(failed, file=sys.stderr)

@@ -28,6 +28,7 @@ from jax.experimental import multihost_utils
 from experiments import netns
 from experiments.bench_peers_cases import BY_NAME, RAW, Case, Method, config
 from experiments.bench_peers_jax import Arrays, Jaxcomm, PlainJax, export, make_step, restore
+from experiments.rows import append_row
 from experiments.schedules import learning_rate
 from experiments.tasks import make_task
 from jaxcomm.training.distributed import initialize
@@ -235,8 +236,7 @@ def main(todo: str, rows: str) -> None:
         for case, result in zip(same, results):
             if jax.process_index() == 0:
                 row = dataclasses.asdict(case) | result | {"about": _about()}
-                with open(rows, "a") as file:
-                    file.write(json.dumps(row) + "\n")
+                append_row(rows, row)
                 print(_line(case, result), flush=True)
 
 

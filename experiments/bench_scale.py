@@ -22,6 +22,7 @@ from absl import flags
 from experiments import cluster, netns
 from experiments.bench_scale_cases import Case, Link, alone_cases, link_cases
 from experiments.bench_scale_report import draw, report
+from experiments.rows import append_row, read_rows
 
 ALONE, HOSTS = tuple(f.name for f in dataclasses.fields(Case)), ("method", "hosts", "rate")
 
@@ -30,7 +31,7 @@ def run_alone(cases: list[Case], path: Path, limit: float) -> dict[Case, str]:
     """Runs what is missing; returns why cases have no row."""
     reasons = {}
     for case in cases:
-        if _key(case) in rows(path, ALONE):
+        if _key(case) in read_rows(path, ALONE):
             continue
         if (free := _free_bytes()) < case.bytes:
             reasons[case] = (
@@ -60,8 +61,7 @@ def _one(case: Case, path: Path, limit: float) -> str:
     if ended.returncode:
         last = (ended.stderr.strip().splitlines() or [f"exit code {ended.returncode}"])[-1]
         return f"failed: {last[:200]}"
-    with path.open("a") as file:
-        file.write(ended.stdout.strip().splitlines()[-1] + "\n")
+    append_row(path, json.loads(ended.stdout.strip().splitlines()[-1]))
     return ""
 
 
@@ -71,7 +71,7 @@ def run_hosts(links: list[Link], path: Path, limit: float | None = None) -> str:
     Raises:
       RuntimeError: a job failed; what it had finished is kept.
     """
-    done = rows(path, HOSTS)
+    done = read_rows(path, HOSTS)
     missing = [link for link in links if _key(link) not in done]
     for hosts, rate in dict.fromkeys((link.hosts, link.rate) for link in missing):
         todo = path.parent / "todo.json"
@@ -85,19 +85,6 @@ def run_hosts(links: list[Link], path: Path, limit: float | None = None) -> str:
         if outcome.exit_code:
             raise RuntimeError(f"bench scale: {outcome.reason}")
     return ""
-
-
-def rows(path: Path, key: tuple[str, ...]) -> dict[tuple, dict]:
-    """The finished rows that have these fields; half a line is none."""
-    found = {}
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if all(name in row for name in key):
-            found[tuple(row[name] for name in key)] = row
-    return found
 
 
 def _key(case) -> tuple:
@@ -136,7 +123,7 @@ def main(arguments: list[str]) -> None:
     )
     reasons = run_alone(cases, path, values.limit)
     why_not = run_hosts(links, path, values.limit)
-    alone, between = rows(path, ALONE), rows(path, HOSTS)
+    alone, between = read_rows(path, ALONE), read_rows(path, HOSTS)
     text = report(list(alone.values()), list(between.values()))
     missing = [f"- {' '.join(map(str, _key(case)))}: {why}" for case, why in reasons.items()]
     missing += [f"- hosts: {why_not}"] if why_not else []

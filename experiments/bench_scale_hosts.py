@@ -22,6 +22,7 @@ from jax.experimental import multihost_utils
 
 import jaxcomm
 from experiments.bench_scale_cases import ROUND, Link, make_step, mlp, mlp_batch, mlp_loss
+from experiments.rows import append_row
 from jaxcomm.training.distributed import initialize
 from jaxcomm.training.loop import put_batch
 from jaxcomm.training.straggler_monitor import step_alone
@@ -96,8 +97,7 @@ def main(todo: str, rows: str) -> None:
             sent_bytes=r.sent_bytes,
             load=load,
         )
-        with open(rows, "a") as file:
-            file.write(json.dumps(dataclasses.asdict(row)) + "\n")
+        append_row(rows, dataclasses.asdict(row))
         print(f"{link.method}: {seconds:.4f} s a step, {compute:.4f} s alone", flush=True)
 
 

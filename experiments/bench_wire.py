@@ -19,6 +19,7 @@ from absl import flags
 from experiments import cluster
 from experiments.bench_wire_cases import Case, byte_cases, timed_cases
 from experiments.bench_wire_report import report
+from experiments.rows import read_rows
 
 KEY = ("compressor", "exchange", "elements", "bucket_bytes", "hosts", "rate")
 TIMED_HOSTS, TIMED_RATES = 4, ("100mbit", "1gbit")
@@ -66,18 +67,6 @@ def run(todo: list[Job], workdir: Path, timeout: float | None = None) -> list[di
             raise RuntimeError(f"bench wire: {outcome.reason}")
     done = read_rows(path, KEY)
     return [done[_key(c, job)] for job in todo for c in job.cases]
-
-
-def read_rows(path: Path, key: tuple[str, ...]) -> dict[tuple, dict]:
-    """The finished rows by these fields; a line that a killed run left half-written is none."""
-    rows = {}
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        rows[tuple(row[k] for k in key)] = row
-    return rows
 
 
 def _key(case: Case, job: Job) -> tuple:

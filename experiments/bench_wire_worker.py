@@ -24,6 +24,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from experiments.bench_wire_cases import Case, compressors, single, sizes_of
+from experiments.rows import append_row
 from jaxcomm.collectives import exchange_bytes, exchange_mean
 from jaxcomm.traffic.alone import without_communication
 from jaxcomm.traffic.count import count
@@ -142,8 +143,7 @@ def main(todo: str, rows: str, rate: str) -> None:
         row = measure(case, rate)
         if jax.process_index():
             continue
-        with open(rows, "a") as file:  # after half a line, maybe, of a killed run
-            file.write(f"\n{json.dumps(dataclasses.asdict(row))}\n")
+        append_row(rows, dataclasses.asdict(row))
         ratio = row.counter_bytes / max(row.counted_bytes, 1)
         print(
             f"{i + 1}/{len(cases)} {row.compressor}, {row.exchange}: counter/traffic {ratio:.3f}, "

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from experiments import bench, bench_scale, bench_scale_report, netns
 from experiments.bench_scale_cases import METHODS, Case, Link, alone_cases, link_cases, tree
+from experiments.rows import read_rows
 from jaxcomm.collectives import flatten
 from jaxcomm.collectives.flatten import __name__ as FLATTEN
 
@@ -96,7 +97,7 @@ def test_cases_on_one_device_are_measured_once(tmp_path):
     reasons = bench_scale.run_alone([*cases, large], path, limit=100)
     assert list(reasons) == [large]
     assert "skipped" in reasons[large]
-    found = bench_scale.rows(path, bench_scale.ALONE)
+    found = read_rows(path, bench_scale.ALONE)
     assert set(found) == {dataclasses.astuple(case) for case in cases}
     few, many, none = (found[dataclasses.astuple(case)] for case in cases)
     assert few["collectives"] == many["collectives"] > none["collectives"] == 0
@@ -148,7 +149,7 @@ def test_hosts_are_measured_and_predicted(tmp_path):
     links = link_cases([2], ["100mbit"])
     if why := bench_scale.run_hosts(links, path, limit=300):
         pytest.skip(why)
-    found = bench_scale.rows(path, bench_scale.HOSTS)
+    found = read_rows(path, bench_scale.HOSTS)
     assert [row["method"] for row in found.values()] == list(METHODS[1:])
     for row in found.values():
         assert 0 < row["compute_seconds"] < 1.5 * row["seconds"], json.dumps(row)

@@ -29,12 +29,11 @@ from absl import logging
 from jax.experimental import multihost_utils
 
 from jaxcomm.training import _storage
+from jaxcomm.training.placement import CHUNKS
 from jaxcomm.training.step import TrainState, TrainStep
 from jaxcomm.training.watchdog import Watchdog
 from jaxcomm.training.workers import Place
 from jaxcomm.transforms._ef21 import EF21State
-
-_CHUNKS = ".server_error"  # the field in which transforms keep a memory of their chunk
 
 
 class Snapshot(NamedTuple):
@@ -173,7 +172,7 @@ def put_back(snapshot: Snapshot, step: TrainStep) -> tuple[TrainState, list[str]
     for path, spec in specs.items():
         value, apart = snapshot.leaves[path], kinds[path] is Place.PER_WORKER
         shape = _storage.data_spec(spec).shape
-        if apart and path.endswith(_CHUNKS):  # of other positions now, even if as long
+        if apart and path.endswith(CHUNKS):  # of other positions now, even if as long
             value = np.zeros((len(value), *shape[1:]), value.dtype)
             fresh.append(path)
         elif value.shape[apart:] != shape[apart:]:

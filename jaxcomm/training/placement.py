@@ -20,6 +20,7 @@ import jax
 from jaxcomm.collectives import axis
 from jaxcomm.training.workers import Place, Workers
 
+CHUNKS = ".server_error"  # the field in which transforms keep a memory of their chunk
 OWN_CONDITIONAL = (
     "a transform holds a jaxcomm transform inside a lax.cond of its own, as optax.MultiSteps and "
     "optax.apply_if_finite do, which workers may not take together: give it only what stands "

@@ -14,12 +14,10 @@ from jax.experimental import multihost_utils
 
 from jaxcomm.collectives.means import chunk_size
 from jaxcomm.training import _storage
-from jaxcomm.training.placement import Layout, global_state
+from jaxcomm.training.placement import CHUNKS, Layout, global_state
 from jaxcomm.training.workers import Place, Workers
 from jaxcomm.transforms._ef21 import EF21State
 from jaxcomm.transforms._error_feedback import ErrorFeedbackState
-
-_CHUNKS = ".server_error"  # the field in which transforms keep a memory of their chunk
 
 
 def resize_workers(state, n: int | tuple[int, ...]):
@@ -132,7 +130,7 @@ def resized(stored, old, new):
     counts = before.workers.count, after.workers.count
     result = []
     for path, spec in flat(new).items():
-        if path not in kept and path.endswith(_CHUNKS):  # exchange='auto' now needs one
+        if path not in kept and path.endswith(CHUNKS):  # exchange='auto' now needs one
             result.append(np.zeros(spec.shape, np.float32))
             continue
         if path not in kept or path not in one:
@@ -150,7 +148,7 @@ def _leaf(path: str, x: np.ndarray, place: Place, shapes, old: int, new: int) ->
             return x
         if here == (old, *here[1:]) and there == (new, *here[1:]):
             return _everyone(x, new)
-    elif path.endswith(_CHUNKS) or one != here or here != there:
+    elif path.endswith(CHUNKS) or one != here or here != there:
         sizes = [chunk_size(one[0], count) for count in (old, new)] if one else []
         if sizes and [here, there] == [(size, *one[1:]) for size in sizes]:
             return _cut_anew(x, new, there)
