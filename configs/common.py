@@ -2,7 +2,11 @@
 
 tx, sync     Python expressions over jaxcomm's public names and optax.*, with axis_name,
              learning_rate, steps, warmup_steps and workers in scope
+workers      how many; 0 for as many as there are devices in the job, which may be other ones when
+             it is started again with resize=True
 mode         devices (shard_map), simulate (vmap on one device) or pmap
+local_checkpoints
+             a directory on every host's own disk that gets each checkpoint as well
 resize       go on from a checkpoint of another number of workers (jaxcomm.resize_workers)
 check_every  steps between two comparisons of the replicas' bits, also before a save; 0 for none
 on_failure   what a job does that loses a process: stop; restart (it ends, keeps its compiled
@@ -12,6 +16,9 @@ snapshot_every
              with continue: steps between two copies of the state to host memory
 stuck_seconds, standstill_seconds
              a process without a sign of life, or a job without a step, for so long ends; 0: never
+monitor      at every line of metrics of several processes, who is slower than the others: '' nobody
+             looks; processor compares the time of a small fixed program; step that of a process's
+             part of the step without communication (compiled once more, and run three times a line)
 background   make the transfers of an overlapped sync rule beside the computation
 """
 
@@ -45,11 +52,13 @@ def base(task: str, argument: str | None) -> ml_collections.ConfigDict:
     config.checkpoint_every = 10 if smoke else 250
     config.keep = 3
     config.resize = False
+    config.local_checkpoints = ""
     config.check_every = 100
     config.on_failure = "stop"
     config.snapshot_every = 1
     config.stuck_seconds = 60.0
     config.standstill_seconds = 1800.0
+    config.monitor = ""
     return config
 
 

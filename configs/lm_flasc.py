@@ -1,7 +1,7 @@
 """FLASC: dense local training, sparse uploads and downloads; a language model, 8 workers.
 
 Source: Kuo, Raje, Rajesh & Smith 2024, "FLASC: Federated LoRA with Sparse Communication" (arXiv
-2406.05233), here on all parameters.
+2406.05233), here on all parameters. The validation loss is the server's.
 
     python -m experiments.train --config=configs/lm_flasc.py
 """

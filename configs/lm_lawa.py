@@ -1,9 +1,8 @@
 """LAWA: local AdamW, and the average of its last five meetings; a language model, 8 workers.
 
 Source: Kaddour 2022, "Stop Wasting My Time! Saving Days of ImageNet and BERT Training with Latest
-Weight Averaging" (arXiv 2209.14981). The average stands beside the training
-(`averaged_weights(state.sync_state, last=5)`); the validation loss is that of the training's own
-parameters.
+Weight Averaging" (arXiv 2209.14981). The average stands beside the training; the validation loss
+is the average's.
 
     python -m experiments.train --config=configs/lm_lawa.py
 """

@@ -1,8 +1,8 @@
 """SWA: local AdamW, and the average of its later meetings; a language model, 8 workers.
 
 Source: Izmailov et al. 2018, "Averaging Weights Leads to Wider Optima and Better Generalization"
-(arXiv 1803.05407). The average stands beside the training (`averaged_weights(state.sync_state)`);
-the validation loss is that of the training's own parameters.
+(arXiv 1803.05407). The average stands beside the training; from the first meeting in it on, the
+validation loss is the average's.
 
     python -m experiments.train --config=configs/lm_swa.py
 """

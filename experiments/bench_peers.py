@@ -22,7 +22,8 @@ from absl import flags
 
 from experiments import cluster, netns
 from experiments.bench_peers_cases import HOSTS, METHODS, RATES, RAW, Case, cases
-from experiments.bench_peers_report import draw, report
+from experiments.bench_peers_plan import predictions
+from experiments.bench_peers_report import draw, index, report
 from experiments.rows import read_rows
 
 KEY = tuple(field.name for field in dataclasses.fields(Case))
@@ -161,13 +162,14 @@ def main(arguments: list[str]) -> None:
     if failed:
         print(failed, file=sys.stderr)
     if rows:
-        _publish(rows, workdir, quick)
+        _publish(rows, workdir, quick, steps)
     if failed:
         sys.exit(1)
 
 
-def _publish(rows: list[dict], workdir: Path, quick: bool) -> None:
-    text = report(rows, [m.name for m in METHODS], "--quick " if quick else "")
+def _publish(rows: list[dict], workdir: Path, quick: bool, steps: int) -> None:
+    names, options = [m.name for m in METHODS], "--quick " if quick else ""
+    text = report(rows, names, options, predictions(index(rows), steps))
     (workdir / "peers.md").write_text(text)
     temporary = workdir / "peers.json.tmp"
     temporary.write_text(json.dumps(rows))

@@ -64,6 +64,7 @@ def _local(name: str, sync: str, rounds: int) -> Method:
 
 _EF = "error_feedback({}, axis_name{})"
 _TWO_BITS = "compose(block_top_k(0.005), quantize(4))"
+_FOUR_BITS = "factors=quantize(4), exchange='two_phase'"
 _QSR = "qsr(learning_rate, alpha=0.012, h_base=8, warmup_steps=warmup_steps)"
 
 METHODS = (  # in turn: neither library has the quieter half of the day
@@ -74,6 +75,7 @@ METHODS = (  # in turn: neither library has the quieter half of the day
     _compressed("jaxcomm sign, two-phase", _EF.format("sign()", ", exchange='two_phase'")),
     Method("DDP PowerSGD r1", "torch", hook="rank 1"),
     _compressed("jaxcomm PowerSGD r4", "power_sgd(4, axis_name)"),
+    _compressed("jaxcomm PowerSGD r4, 4 bits", f"power_sgd(4, axis_name, {_FOUR_BITS})"),
     Method("DDP PowerSGD r2", "torch", hook="rank 2", key=False),
     _compressed("jaxcomm EF21 top 1 %", "ef21(block_top_k(0.01), axis_name)", key=False),
     Method("DDP PowerSGD r4", "torch", hook="rank 4"),

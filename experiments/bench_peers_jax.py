@@ -39,8 +39,8 @@ def restore(arrays: Arrays, like):
     return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in names])
 
 
-def make_step(method: Method, config: Config, task: Task) -> TrainStep:
-    """The train step of a method of jaxcomm, on all devices of the job."""
+def make_step(method: Method, config: Config, task: Task, **where) -> TrainStep:
+    """The train step of a method of jaxcomm, on all devices of the job or where it is said."""
     scope = {
         "axis_name": AXIS,
         "learning_rate": learning_rate(config),
@@ -49,7 +49,7 @@ def make_step(method: Method, config: Config, task: Task) -> TrainStep:
     }
     tx = evaluate(method.tx, "tx", **scope)
     sync = evaluate(method.sync, "sync", **scope) if method.sync else None
-    return make_train_step(task.loss_fn, tx, axis_name=AXIS, sync=sync)
+    return make_train_step(task.loss_fn, tx, axis_name=AXIS, sync=sync, **where)
 
 
 class Jaxcomm:

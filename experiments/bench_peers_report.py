@@ -15,6 +15,7 @@ import numpy as np
 from experiments.bench_peers_cases import BY_NAME, DENSE, RAW
 
 Rows = dict[tuple, dict]
+PLAN_ERROR = 0.15  # of a prediction, at most
 SYNC = lambda name: not BY_NAME[name].rounds
 
 
@@ -152,8 +153,20 @@ def _local_check(rows: Rows, hosts: int, rate: str, factor: float) -> list[tuple
     return [(text, figures, ratio >= factor)]
 
 
-def report(rows: Iterable[dict], names: list[str], options: str = "") -> str:
-    """The results as markdown; `names` is the order of the methods."""
+def report(
+    rows: Iterable[dict],
+    names: list[str],
+    options: str = "",
+    predicted: dict[tuple, tuple[float, float]] | None = None,
+) -> str:
+    """The results as markdown.
+
+    Args:
+      rows: what was measured.
+      names: the order of the methods.
+      options: of the command.
+      predicted: what `bench_peers_plan.predictions` says of them.
+    """
     found = index(rows)
     lines = ["# jaxcomm beside PyTorch DDP", "", f"    python -m experiments.bench peers {options}"]
     lines = [*lines[:2], lines[2].rstrip(), "", *TEXT.splitlines(), *_about(found), ""]
@@ -166,6 +179,7 @@ def report(rows: Iterable[dict], names: list[str], options: str = "") -> str:
         for size in ("large", "small"):
             lines += _times_table(found, names, size, hosts)
         lines += _loss_table(found, names, hosts)
+        lines += _plan_table(predicted or {}, names, hosts)
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -226,6 +240,27 @@ def _times_table(rows: Rows, names: list[str], size: str, hosts: int) -> list[st
         body.append(cells)
     title = f"Seconds a step, {size} model, {hosts} hosts:"
     return [title, "", *_table(heads, body)] if body else []
+
+
+def _plan_table(predicted: dict, names: list[str], hosts: int) -> list[str]:
+    """Predicted over measured seconds a step."""
+    mine = {key: pair for key, pair in predicted.items() if key[2] == hosts}
+    columns = list(dict.fromkeys((size, rate) for size, _, _, rate in mine))
+    body = []
+    for name in names:
+        pairs = [mine.get((size, name, hosts, rate)) for size, rate in columns]
+        if any(pairs):
+            cells = [
+                f"{pair[0]:.3f} / {pair[1]:.3f} = {pair[0] / pair[1]:.2f}" if pair else ""
+                for pair in pairs
+            ]
+            body.append([name, *cells])
+    if not body:
+        return []
+    within = sum(abs(a / b - 1) <= PLAN_ERROR for a, b in mine.values())
+    title = f"`plan`'s seconds a step over the measured ones; {within} of {len(mine)} within "
+    heads = ["method", *(f"{size}, {rate}" for size, rate in columns)]
+    return [f"{title}{PLAN_ERROR:.0%}:", "", *_table(heads, body)]
 
 
 def _loss_table(rows: Rows, names: list[str], hosts: int) -> list[str]:

@@ -7,9 +7,9 @@ import jax
 
 import jaxcomm
 from experiments.bench_scale_cases import METHODS, ROUND, make_step, mlp, mlp_batch, mlp_loss
+from jaxcomm.traffic.link import ETHERNET
 
 GROW = ("workers", "parameters", "leaves")
-OVERHEAD = 1.055  # Ethernet frames of 1,514 bytes and their headers, as `bench wire` measures
 LATENCY = 1e-4
 CURVE = (2, 4, 8, 16, 64, 256, 1024, 4096)
 MOST_GROWTH, MOST_ERROR = 1.3, 0.15
@@ -26,7 +26,7 @@ def traffic_of(method: str, workers: int) -> jaxcomm.Traffic:
 
 def predicted(method: str, workers: int, rate: str, compute: float) -> jaxcomm.Prediction:
     """What `plan` says of a step of the hosts' model."""
-    link = jaxcomm.Link.parse(rate, latency=LATENCY, overhead=OVERHEAD)
+    link = jaxcomm.Link.parse(rate, latency=LATENCY, overhead=ETHERNET)
     rare = 1 / ROUND if method == "local" else 1.0
     traffic = traffic_of(method, workers)
     return jaxcomm.predict(traffic, link, compute_seconds=compute, rounds_per_step=rare)
@@ -106,7 +106,7 @@ def _predictions(rows: list[dict]) -> list[str]:
         "",
         f"A model of {rows[0]['parameters']:,} parameters on real hosts: medians of the slowest",
         "host. `alone` is the same step with the communication removed, all hosts at once. The",
-        f"prediction is `jaxcomm.predict` with it, {OVERHEAD} bytes on the wire a byte (frame",
+        f"prediction is `jaxcomm.predict` with it, {ETHERNET} bytes on the wire a byte (frame",
         f"headers), {1e6 * LATENCY:.0f} us a message. Local meets every {ROUND} steps.",
         "",
         "| hosts | link | method | sent bytes | alone | predicted | measured | ratio | load |",

@@ -1,7 +1,8 @@
 """Which method pays on which link: traffic, predicted step times, break-even bandwidths of configs.
 
     python -m experiments.plan --config=configs/digits_ef21.py [--configs=configs/digits_qsr.py,...]
-        [--links=10mbit,1gbit@20us,probe.json] [--workers=2,4,8] [--latency=50us] [--compute_ms=20]
+        [--links=10mbit,1gbit@20us,probe.json] [--workers=2,4,8]
+        [--latency=50us] [--overhead=1.055] [--compute_ms=20]
 
 Nothing is trained and no second device is needed. Traffic is counted by tracing the step for each
 number of workers; computation and codecs are timed on this machine, with the communication
@@ -26,7 +27,7 @@ from experiments.config import Config
 from experiments.probe import parse_link
 from experiments.tasks import Task, make_task
 from jaxcomm.traffic.advice import WITHOUT
-from jaxcomm.traffic.link import parse_seconds
+from jaxcomm.traffic.link import ETHERNET, parse_seconds
 from jaxcomm.traffic.table import (
     advice_table,
     bandwidth_text,
@@ -211,7 +212,8 @@ def main(_: list[str]) -> None:
     if not configs:
         raise app.UsageError("give --config=FILE.py, or --configs=FILE.py,FILE.py")
     latency = parse_seconds(FLAGS.latency)
-    links = [parse_link(text, latency) for text in FLAGS.links]
+    wire = {"latency": latency, "overhead": FLAGS.overhead}
+    links = [parse_link(text, **wire) for text in FLAGS.links]
     workers = [int(n) for n in FLAGS.workers]
     given = {
         "compute_seconds": None if FLAGS.compute_ms is None else FLAGS.compute_ms / 1e3,
@@ -235,6 +237,7 @@ if __name__ == "__main__":
     )
     flags.DEFINE_list("workers", WORKERS, "Numbers of workers.")
     flags.DEFINE_string("latency", "50us", "Latency of links that do not say theirs.")
+    flags.DEFINE_float("overhead", ETHERNET, "Bytes on the wire for each byte of a message.")
     flags.DEFINE_float("compute_ms", None, "Milliseconds of a step's computation; default: timed.")
     flags.DEFINE_float("codec_ms", None, "Milliseconds of the codec in a step; default: timed.")
     flags.DEFINE_string("workdir", None, "Where to write plan.json.")

@@ -60,9 +60,12 @@ class Probe:
         return Link(float(np.nanmin(bandwidth)), float(np.nanmax(latency)))
 
 
-def parse_link(text: str, latency: float) -> Link:
-    """As `Link.parse`; or the link of a probe, of whose file the text is the path."""
-    return load(text).link() if text.endswith(".json") else Link.parse(text, latency=latency)
+def parse_link(text: str, **options: float) -> Link:
+    """As `Link.parse`; or the link of a probe, of whose file the text is the path.
+
+    A probe's latency and headers are measured.
+    """
+    return load(text).link() if text.endswith(".json") else Link.parse(text, **options)
 
 
 def load(path: str | os.PathLike) -> Probe:

@@ -11,6 +11,7 @@ import json
 import logging as std_logging
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,22 +24,26 @@ from experiments import command_line, job
 from experiments.config import Config
 from experiments.expressions import evaluate as expression
 from experiments.schedules import learning_rate
-from experiments.tasks import make_task
+from experiments.tasks import Task, make_task
 from jaxcomm.training.checkpoint import Checkpointer, CheckpointError
 from jaxcomm.training.distributed import initialize
-from jaxcomm.training.elastic import ElasticStep, prepare
-from jaxcomm.training.loop import train_loop
+from jaxcomm.training.elastic import HEARTBEAT_SECONDS, ElasticStep, prepare
+from jaxcomm.training.local_checkpoint import LocalCheckpointer
+from jaxcomm.training.loop import put_batch, train_loop
 from jaxcomm.training.make import make_train_step
 from jaxcomm.training.metrics import MetricsLogger, device_arithmetic, prepare_workdir
-from jaxcomm.training.step import TrainStep
+from jaxcomm.training.step import TrainState, TrainStep
+from jaxcomm.training.straggler_monitor import StragglerMonitor, step_alone
 from jaxcomm.training.watchdog import Watchdog, give_up
 
 MODES = ("devices", "simulate", "pmap")
 # may differ between two parts of one run
 FREE = ("checkpoint_every", "keep", "log_every", "evaluate_every", "mode", "background")
 FREE += ("on_failure", "snapshot_every", "stuck_seconds", "standstill_seconds")
-FREE += ("resize", "check_every")
+FREE += ("resize", "check_every", "local_checkpoints", "monitor")
+MONITORS = ("", "processor", "step")
 ON_FAILURE = ("stop", "restart", "continue")
+MISTAKE = 2  # of the user: `experiments.cluster` does not start such a job again
 UNSAVED = 74  # EX_IOERR: a checkpoint could not be written
 COUNTER = "JAXCOMM_COUNTER"
 
@@ -54,6 +59,8 @@ def make_step(config: Config, loss_fn, devices: list[Any] | None = None) -> Trai
         raise ValueError(
             f"config.on_failure must be one of {', '.join(ON_FAILURE)}, got {config.on_failure!r}"
         )
+    if config.monitor not in MONITORS:
+        raise ValueError(f"config.monitor must be one of {MONITORS}, got {config.monitor!r}")
     scope = {
         "axis_name": config.axis_name,
         "learning_rate": learning_rate(config),
@@ -74,17 +81,15 @@ def make_step(config: Config, loss_fn, devices: list[Any] | None = None) -> Trai
 
 def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any]:
     """Runs the training that the config describes and returns its summary."""
+    config = with_workers(config)
     if done := _finished(config, workdir):
         return done
-    if config.batch_size % config.workers:
-        raise ValueError(
-            f"config.batch_size={config.batch_size} is not divisible by "
-            f"config.workers={config.workers}"
-        )
     prepare_workdir(workdir)
     task = make_task(config)
-    watchdog = Watchdog(config.stuck_seconds, config.standstill_seconds)
     elastic = config.on_failure == "continue" and jax.process_count() > 1
+    # the death of a process must be known before its silence is a reason to end
+    silence = max(config.stuck_seconds, 3.0 * HEARTBEAT_SECONDS) if elastic else None
+    watchdog = Watchdog(silence or config.stuck_seconds, config.standstill_seconds)
     step: Any = (
         _elastic(config, task.loss_fn, watchdog) if elastic else make_step(config, task.loss_fn)
     )
@@ -93,15 +98,11 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any]:
     data = task.train_iterator(
         config.batch_size, config.seed, jax.process_index(), jax.process_count()
     )
+    monitor = _monitor(config, task, step, state)
     main = jax.process_index() == 0
     counter = _counter()
     with (
-        Checkpointer(
-            Path(workdir) / "checkpoints",
-            config=_fixed(config),
-            workers=config.workers,
-            keep=config.keep,
-        ) as checkpointer,
+        _checkpointer(config, workdir, elastic) as checkpointer,
         MetricsLogger(workdir, total_steps=config.steps, is_main=main) as logger,
         watchdog,
         _named_failures(watchdog),
@@ -117,24 +118,28 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any]:
             checkpoint_every=config.checkpoint_every,
             evaluate=task.evaluate,
             evaluate_every=config.evaluate_every,
-            resize=config.resize,
+            resize=config.resize or elastic,
             check_every=config.check_every,
             watchdog=watchdog,
+            monitor=monitor,
         )
         if run.interrupted:
             print(f"stopped at step {int(run.state.step)} by SIGTERM; the state is saved")
             sys.exit(128 + 15)
+        _, (params, skipped) = step.together(
+            lambda state: (step.consensus(state), int(state.skipped.sum())), run.state
+        )
         summary = {
             "steps": config.steps,
             "sync_step": run.sync_step,
             "workers": config.workers,
-            **task.evaluate(step.consensus(run.state)),
+            **task.evaluate(params),
             "sent_bytes": run.sent_bytes,
             "largest_step_bytes": run.largest_step_bytes,
             "dense_bytes": run.dense_step_bytes * config.steps,
             "dense_over_sent": run.dense_step_bytes * config.steps / max(run.sent_bytes, 1),
             "seconds": run.seconds,
-            "skipped": int(run.state.skipped.sum()),
+            "skipped": skipped,
             **_counted(counter, step),
             **{k: task.metadata[k] for k in ("unigram_entropy",) if k in task.metadata},
             "task": task.metadata,
@@ -143,6 +148,51 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any]:
         }
         logger.summary(summary)
     return summary
+
+
+def with_workers(config: Config) -> Config:
+    """The config with the number of workers: for 0 that of the devices in the job.
+
+    Raises:
+      ValueError: 0 simulated workers, or a batch that the workers do not divide.
+    """
+    if not config.workers:
+        if config.mode == "simulate":
+            raise ValueError("config.workers=0 counts devices: simulated workers need a number")
+        count = jax.device_count() if config.mode == "devices" else jax.local_device_count()
+        if config.background and jax.default_backend() == "cpu":
+            count //= 2  # the others make the transfers
+        config = config.copy_and_resolve_references()
+        config.workers = count
+    if config.batch_size % config.workers:
+        raise ValueError(
+            f"config.batch_size={config.batch_size} is not divisible by "
+            f"config.workers={config.workers}"
+        )
+    return config
+
+
+def _monitor(config: Config, task: Task, step: Any, state: TrainState) -> Callable | None:
+    """What compares the times of several processes."""
+    if not config.monitor or jax.process_count() == 1:
+        return None
+    compute = None
+    if config.monitor == "step":
+        parts = jax.process_index(), jax.process_count()
+        batch = next(task.train_iterator(config.batch_size, config.seed, *parts))
+        compute = step_alone(step, state, put_batch(step, batch))
+    monitor = StragglerMonitor(compute)
+    return lambda done, seconds: monitor(done, seconds, getattr(step, "lost", ()))
+
+
+def _checkpointer(config: Config, workdir: str, elastic: bool) -> Checkpointer | LocalCheckpointer:
+    options = {"config": _fixed(config), "workers": config.workers, "keep": config.keep}
+    shared = Path(workdir) / "checkpoints"
+    writers = "first" if elastic else "all"
+    checkpointer = Checkpointer(shared, writers=writers, **options)
+    if not config.local_checkpoints:
+        return checkpointer
+    return LocalCheckpointer(config.local_checkpoints, checkpointer, **options)
 
 
 @contextlib.contextmanager
@@ -261,6 +311,12 @@ def main(_: list[str]) -> None:
     setup_devices(config)
     initialize(**(prepare() if config.on_failure == "continue" else {}))
     workdir = FLAGS.workdir or default_workdir(config_flags.get_config_filename(FLAGS["config"]))
+    try:
+        with_workers(config)
+    except ValueError as error:
+        if jax.process_count() > 1:
+            give_up(str(error), MISTAKE)  # all find the same
+        raise
     if config.on_failure != "stop":
         job.keep_programs(str(Path(workdir).absolute() / "compiled"))
     train_and_evaluate(config, workdir)

@@ -7,6 +7,9 @@ import time
 import pytest
 
 from experiments import bench_faults, cluster, processes
+from experiments.bench_faults_cases import KINDS, METHODS, Case, draw, possible
+from experiments.bench_faults_job import STEPS, Run
+from experiments.bench_faults_run import measure
 from jaxcomm.training.watchdog import FINISHED, Beat, Watch, Watchdog
 
 NOBODY = (-1, "nobody was accused")
@@ -182,17 +185,17 @@ def test_restarts_come_to_an_end_and_the_time_out_holds_for_all_attempts():
 
 
 def test_draws_follow_from_the_seed_and_take_turns():
-    cases = [bench_faults.draw(0, i, bench_faults.KINDS) for i in range(60)]
-    assert cases == [bench_faults.draw(0, i, bench_faults.KINDS) for i in range(60)]
-    assert cases != [bench_faults.draw(1, i, bench_faults.KINDS) for i in range(60)]
-    assert {case.method for case in cases} == set(bench_faults.METHODS)
+    cases = [draw(0, i, KINDS) for i in range(60)]
+    assert cases == [draw(0, i, KINDS) for i in range(60)]
+    assert cases != [draw(1, i, KINDS) for i in range(60)]
+    assert {case.method for case in cases} == set(METHODS)
     for case in cases:
         assert 0 <= case.rank < case.processes
-        assert 0 < case.step < bench_faults.STEPS
+        assert 0 < case.step < STEPS
         if case.kind == "continue":  # process 0 hosts the coordination service
             assert case.rank > 0
             assert case.processes == 3
-    assert [case.kind for case in cases[:6]] == list(bench_faults.KINDS)
+    assert [case.kind for case in cases[:6]] == list(KINDS)
 
 
 def test_the_table_has_a_line_a_kind():
@@ -206,11 +209,11 @@ def test_the_table_has_a_line_a_kind():
 
 def test_unknown_faults_are_refused():
     with pytest.raises(ValueError, match=r"kinds must be of kill, .* got flood"):
-        bench_faults.possible(["kill", "flood"])
+        possible(["kill", "flood"])
 
 
 def test_lines_are_read_as_they_come_and_no_fault_hits_a_stranger(tmp_path):
-    run = bench_faults.Run([sys.executable, "-c", "print('step 1/2')"], tmp_path / "log", tmp_path)
+    run = Run([sys.executable, "-c", "print('step 1/2')"], tmp_path / "log", tmp_path)
     _, _, match = run.wait_for(r"step (\d)/", time.monotonic() + 20)
     assert match[1] == "1"
     with pytest.raises(TimeoutError, match="no line with 'never'"):
@@ -229,11 +232,11 @@ FAULTS = ("kill", "stop", "full")  # not "continue", which a death during a save
 @pytest.mark.parametrize("number", range(len(FAULTS)), ids=FAULTS)
 def test_a_fault_in_mid_run(number, tmp_path_factory):
     kind = FAULTS[number]
-    if kind not in bench_faults.possible([kind]):
+    if kind not in possible([kind]):
         pytest.skip(f"this machine does not allow {kind}")
     workdir = tmp_path_factory.getbasetemp() / "faults"  # they share the run without a fault
-    case = bench_faults.Case(number, kind, "ef21", 2, 1, 35, 0.02)
-    row = bench_faults.measure(case, workdir, timeout=240.0, stuck=8.0)
+    case = Case(number, kind, "ef21", 2, 1, 35, 0.02)
+    row = measure(case, workdir, timeout=240.0, stuck=8.0)
     assert row["failure"] is None, row
-    assert row["lost_steps"] <= bench_faults.STEPS
+    assert row["lost_steps"] <= STEPS
     assert row["attempts"] == 2 or kind == "full"

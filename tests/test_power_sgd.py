@@ -74,6 +74,40 @@ def test_matches_the_algorithm_as_written_and_telescopes():
     jax.tree.map(lambda x: np.testing.assert_array_equal(x[0], x[-1]), (out, state.query))
 
 
+@pytest.mark.parametrize("exchange", ["gather", "two_phase", "auto"])
+def test_compressed_factors_telescope(exchange):
+    """Sum of outputs + mean error = sum of mean gradients, whatever the codec does to P and Q."""
+    codec = jaxcomm.quantize(4, 16, rounding="stochastic")
+    tx = power_sgd(2, AXIS, min_compression_rate=1.5, factors=codec, exchange=exchange)
+    grads = gradients(8)
+    out, state = directions(tx, grads)
+    exact, _ = directions(power_sgd(2, AXIS, min_compression_rate=1.5), grads)
+    for name in ("a", "b", "conv"):
+        sent = out[name].sum(1)
+        assert (sent == sent[0]).all()
+        total = np.asarray(grads[name]).mean(0).sum(0)
+        held = state.error[name][:, -1].mean(0)
+        np.testing.assert_allclose(sent[0] + held, total, rtol=1e-4, atol=1e-4)
+        assert np.abs(out[name] - exact[name]).max() > 1e-3  # it is not the float32 sum
+    np.testing.assert_allclose(out["bias"], exact["bias"], rtol=1e-5, atol=1e-6)
+
+
+def test_compressed_factors_are_smaller_and_dense_leaves_stay_dense():
+    params = {"w": jnp.zeros((64, 64)), "b": jnp.zeros((8,))}
+
+    def sent(**options):
+        tx = power_sgd(4, AXIS, **options)
+        found = count(lambda g: tx.update(g, tx.init(g))[0], params, axis_sizes={AXIS: N})
+        return sum(c.sent_bytes for c in found)
+
+    floats = sent()
+    codes = sent(factors=jaxcomm.quantize(4, 64), exchange="two_phase")
+    dense = 4 * 8 * 2 * (N - 1) / N
+    assert floats == 2 * 4 * 256 * 2 * (N - 1) / N + dense
+    payload = jaxcomm.quantize(4, 64).payload_bytes(256 // N)
+    assert codes == 2 * 2 * (N - 1) * payload + dense
+
+
 def test_exact_on_low_rank_and_batched_leaves_keep_their_scale():
     """The mean has rank 1, the workers' own gradients do not; sizes differ by 1e4."""
     grads = gradients(1)
@@ -230,5 +264,9 @@ def test_arguments_are_checked():
         power_sgd(1, AXIS, min_compression_rate=-1)
     with pytest.raises(ValueError, match="start_step must not be negative"):
         power_sgd(1, AXIS, start_step=-1)
+    with pytest.raises(ValueError, match="exchange must be one of"):
+        power_sgd(1, AXIS, exchange="pigeon")
+    with pytest.raises(TypeError, match="power_sgd: compressor must be"):
+        power_sgd(1, AXIS, factors=4)
     with pytest.raises(ValueError, match="static_args"):
         power_sgd(jnp.int32(1), AXIS)

@@ -18,7 +18,7 @@ import optax
 from jaxcomm.collectives import AxisName, cond, flatten
 from jaxcomm.compressors.base import Compressor
 from jaxcomm.sync._periodic import is_due, periodic
-from jaxcomm.sync._rule import SyncRule, adopt, displacement, float32
+from jaxcomm.sync._rule import SyncRule, adopt, adopt_if, displacement, float32
 from jaxcomm.sync._schedules import Schedule
 from jaxcomm.transforms._average import compressed_average
 from jaxcomm.transforms.common import check_compressor
@@ -45,8 +45,9 @@ def flasc(
       total_steps: length of the training; the last round ends there.
 
     Returns:
-      A SyncRule for `make_train_step(..., sync=)`. Evaluate `state.sync_state.anchor`, the server's
-      parameters; the workers' own are those of the sparse download.
+      A SyncRule for `make_train_step(..., sync=)`. What is evaluated (`step.consensus`) after the
+      first meeting is `state.sync_state.anchor`, the server's parameters; the workers' own are
+      those of the sparse download.
 
     Example:
       >>> import jaxcomm, optax
@@ -56,7 +57,7 @@ def flasc(
     """
     check_compressor(upload, "flasc")
     chain = optax.chain(compressed_average(upload, axis_name), outer or optax.sgd(1.0))
-    rule = periodic(chain, every, total_steps=total_steps)
+    rule = periodic(chain, every, total_steps=total_steps)._replace(evaluated=_server)
     if download is None:
         return rule
     check_compressor(download, "flasc")
@@ -78,3 +79,7 @@ def flasc(
         return cond(is_due(state, step), meet, lambda *same: same, params, state)
 
     return rule._replace(apply=apply_fn)
+
+
+def _server(params, state):
+    return adopt_if(state.sync_step > 0, state.anchor, params)

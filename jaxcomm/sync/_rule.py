@@ -47,11 +47,14 @@ class SyncRule(NamedTuple):
     `apply(params, state, step) -> (params, state)` runs after every local step; `step` (int32)
     counts the local steps done. Meetings are gated by a conditional: no bytes move on other steps.
 
-    Two hooks that most rules do without:
+    Three hooks that most rules do without:
     `adjust(grads, params, state, step, obj_fn) -> (grads, state)` runs before the inner optimizer;
     `obj_fn(params)` is this worker's loss on its batch, and `step` counts the steps done before.
     `moments(opt_state, initial_fn, state, step) -> opt_state` runs between the inner optimizer and
     `apply`, with `apply`'s arguments; `initial_fn()` is a fresh inner optimizer state.
+    `evaluated(params, state) -> params` says what to evaluate, if not the mean over the workers,
+    which it is given, and returns where it has nothing better (before the first meeting). Called
+    outside the axis: leaves of the state that differ between workers are their means.
 
     Rules whose results are used later than they are asked for have a `background`.
     """
@@ -61,11 +64,12 @@ class SyncRule(NamedTuple):
     adjust: Callable[..., tuple[optax.Updates, Any]] | None = None
     moments: Callable[..., optax.OptState] | None = None
     background: Background | None = None
+    evaluated: Callable[[optax.Params, Any], optax.Params] | None = None
 
 
 def hooks_of(rule: SyncRule) -> dict[str, Callable | None]:
     """The hooks of a rule that another one wraps, whose state holds the rule's as `state.rule`."""
-    adjust, moments = rule.adjust, rule.moments
+    adjust, moments, evaluated = rule.adjust, rule.moments, rule.evaluated
 
     def adjust_fn(grads, params, state, step, obj_fn):
         assert adjust is not None
@@ -76,9 +80,14 @@ def hooks_of(rule: SyncRule) -> dict[str, Callable | None]:
         assert moments is not None
         return moments(opt_state, initial_fn, state.rule, step)
 
+    def evaluated_fn(params, state):
+        assert evaluated is not None
+        return evaluated(params, state.rule)
+
     return {
         "adjust": None if adjust is None else adjust_fn,
         "moments": None if moments is None else moments_fn,
+        "evaluated": None if evaluated is None else evaluated_fn,
     }
 
 
@@ -95,6 +104,12 @@ def displacement(anchor, params):
 def adopt(anchor, params):
     """The anchor in the dtypes of params: assigned, so that replicas are equal to the last bit."""
     return jax.tree.map(lambda z, x: z.astype(x.dtype), anchor, params)
+
+
+def adopt_if(condition, anchor, params):
+    """`adopt(anchor, params)` if the condition holds, else params."""
+    choose = lambda z, x: jnp.where(condition, z, x)
+    return jax.tree.map(choose, adopt(anchor, params), params)
 
 
 def check_replicated(new, old, where: str) -> None:

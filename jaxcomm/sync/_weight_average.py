@@ -1,7 +1,7 @@
 """Averages of what replicas agreed on: the last k meetings (LAWA), or all since a step (SWA).
 
-Kept beside the training, which does not see them; `averaged_weights(state.sync_state)` reads them.
-What is averaged is the anchor, so the rule must have one that all workers share.
+Kept beside the training, which does not see them, and evaluated in place of its own parameters
+(`step.consensus(state)`). What is averaged is the anchor: the rule must have one that all share.
 Sources: Izmailov et al. 2018, SWA (arXiv 1803.05407); Kaddour 2022, LAWA (arXiv 2209.14981).
 """
 
@@ -13,7 +13,7 @@ import optax
 
 from jaxcomm.collectives import cond
 from jaxcomm.collectives.axis import varying_axes
-from jaxcomm.sync._rule import SyncRule, hooks_of
+from jaxcomm.sync._rule import SyncRule, adopt_if, hooks_of
 
 
 class WeightAverageState(NamedTuple):
@@ -37,6 +37,10 @@ def weight_average(rule: SyncRule, *, last: int | None = None, start: int = 0) -
       last: k, average the last k meetings, which are all kept; None for a running mean.
       start: local step up to which meetings are left out.
 
+    Returns:
+      A SyncRule for `make_train_step(..., sync=)`. `step.consensus(state)` is the average; before
+      there is one, what it would be with the rule alone.
+
     Raises:
       ValueError: last < 1 or start < 0; when traced, a rule whose workers share no anchor.
     """
@@ -58,7 +62,14 @@ def weight_average(rule: SyncRule, *, last: int | None = None, start: int = 0) -
         weights = cond(met, take, lambda weights, x: weights, state.weights, agreed)
         return params, WeightAverageState(new, weights, state.count + met)
 
-    return SyncRule(init_fn, apply_fn, **hooks_of(rule))
+    hooks = hooks_of(rule)
+    before = hooks["evaluated"] or (lambda params, state: params)
+
+    def evaluated_fn(params, state):
+        average = _average(state, last)
+        return adopt_if(state.count > 0, average, before(params, state))
+
+    return SyncRule(init_fn, apply_fn, **{**hooks, "evaluated": evaluated_fn})
 
 
 def _agreed(state):
@@ -74,6 +85,14 @@ def _take(weights, agreed, count, last: int | None):
     return jax.tree.map(lambda w, x: w.at[count % last].set(x), weights, agreed)
 
 
+def _average(state: WeightAverageState, last: int | None):
+    if last is None:
+        return state.weights
+    # places not yet filled are zero
+    filled = jnp.clip(state.count, 1, last)
+    return jax.tree.map(lambda w: w.sum(0) / filled, state.weights)
+
+
 def averaged_weights(state: WeightAverageState, *, last: int | None = None):
     """The average, float32, from the sync state of a rule made by `weight_average`.
 
@@ -84,10 +103,6 @@ def averaged_weights(state: WeightAverageState, *, last: int | None = None):
     Raises:
       ValueError: nothing has been averaged yet.
     """
-    count = int(jnp.max(state.count))
-    if count == 0:
+    if int(jnp.max(state.count)) == 0:
         raise ValueError("averaged_weights: no meeting has been averaged yet")
-    if last is None:
-        return state.weights
-    # places not yet filled are zero
-    return jax.tree.map(lambda w: w.sum(0) / min(count, last), state.weights)
+    return _average(state, last)

@@ -14,6 +14,8 @@ _BANDWIDTH = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(bit|bps|bit/s|b/s)", re.IG
 _PER_SECOND = {"s": 1, "ms": 1e3, "us": 1e6, "ns": 1e9}
 _TIME = re.compile(r"(\d+(?:\.\d+)?)\s*(s|ms|us|ns)")
 
+ETHERNET = 1.055  # bytes on the wire a byte sent: frames of 1,514 bytes with TCP (`bench wire`)
+
 
 @dataclasses.dataclass(frozen=True)
 class Link:
@@ -23,7 +25,7 @@ class Link:
       bandwidth: bits a second that a host sends.
       latency: seconds from sending a message to having it, beside the time its bytes take.
       share: workers that send over one such link at the same time (those of one host).
-      overhead: bytes on the wire for each byte of a message (1.05: Ethernet frames of 1,500 bytes).
+      overhead: bytes on the wire for each byte of a message (`ETHERNET`: headers of its frames).
 
     Raises:
       ValueError: a bandwidth that is not positive, a negative latency, share or overhead below 1.

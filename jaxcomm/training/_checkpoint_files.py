@@ -69,8 +69,8 @@ def write_marker(path: Path, meta: dict[str, Any]) -> None:
     temporary.replace(path / MARKER)
 
 
-def read_marker(path: Path) -> tuple[dict[str, Any], str | None]:
-    """(meta, what is damaged or None); the processes share the reading of the files."""
+def read_marker(path: Path, shared: bool = True) -> tuple[dict[str, Any], str | None]:
+    """(meta, what is damaged or None); the processes may share the reading of the files."""
     try:
         marker = json.loads((path / MARKER).read_text(encoding="utf-8"))
         meta = marker["meta"]
@@ -78,7 +78,8 @@ def read_marker(path: Path) -> tuple[dict[str, Any], str | None]:
             return {}, f"{MARKER} does not match its checksum"
     except (OSError, ValueError, KeyError, TypeError):
         return {}, f"{MARKER} cannot be read"
-    for name, crc in list(meta["files"].items())[jax.process_index() :: jax.process_count()]:
+    rank, count = (jax.process_index(), jax.process_count()) if shared else (0, 1)
+    for name, crc in list(meta["files"].items())[rank::count]:
         try:
             if crc32(path / name) != crc:
                 return meta, f"{name} does not match its checksum"

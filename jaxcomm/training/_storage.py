@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 _ABSENT = "absent"
 
@@ -169,10 +171,42 @@ def crc32(file: Path) -> int:
     return crc
 
 
+def is_split(leaf: Any) -> bool:
+    """Whether this process holds only some of a leaf's rows."""
+    return _is_remote(leaf) and not leaf.is_fully_replicated
+
+
+def own_rows(leaf: Any) -> np.ndarray:
+    """A copy of the rows that this process holds, in order; of a leaf that is not split, all."""
+    if not is_split(leaf):
+        return np.array(leaf.addressable_data(0) if _is_remote(leaf) else leaf)
+    shards = sorted(leaf.addressable_shards, key=lambda shard: shard.index[0].start or 0)
+    return np.concatenate([np.asarray(shard.data) for shard in shards])
+
+
+def _is_remote(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
+
+
+def gathered(leaf: Any) -> Any:
+    """A leaf with all its rows on this process; all processes of its devices must call it."""
+    if not _is_remote(leaf):
+        return leaf
+    if not leaf.is_fully_replicated:
+        everywhere = NamedSharding(leaf.sharding.mesh, P())
+        leaf = jax.jit(lambda x: x, out_shardings=everywhere)(leaf)
+    return leaf.addressable_data(0)
+
+
+def from_this(value: Any) -> list[Any]:
+    """The JSON value of this process alone."""
+    return [json.loads(dumps(value))]
+
+
 def from_all(value: Any) -> list[Any]:
     """The JSON value of every process, in order; all of them must call it."""
     if jax.process_count() == 1:
-        return [json.loads(dumps(value))]
+        return from_this(value)
     text = np.frombuffer(dumps(value).encode(), np.uint8)
     sizes = multihost_utils.process_allgather(np.int32(text.size))
     padded = np.zeros(int(sizes.max()), np.uint8)

@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import AxisType, Mesh
 
 from jaxcomm.collectives import axis
@@ -68,6 +69,15 @@ class BackgroundStep(TrainStep):
             state = state._replace(sync_state=state.sync_state._replace(**counters))
         branches = np.asarray(self._parts.branches(launched, arrived), np.int32)
         return state, {**metrics, "branches": branches}
+
+    def consensus(self, state: TrainState):
+        """As TrainStep's; waits for what is travelling only if the rule evaluates that."""
+        assert self._sync is not None
+        if self._sync.evaluated is not None and not isinstance(state.step, Tracer):
+            self._locate(self._checked(state))
+            sync_state = self._carry(state.sync_state, self.workers)
+            state = state._replace(sync_state=sync_state)
+        return super().consensus(state)
 
     def _known(self, number):
         """What the host knows (the number of the step): nobody waits for a device to read it."""

@@ -27,6 +27,7 @@ from jaxcomm.training._checkpoint_files import CheckpointFiles, read_marker, wri
 from jaxcomm.training.resize import layout_of, resized, with_workers
 
 _FORMAT = 1
+WRITERS = ("all", "first", "own")
 
 
 class CheckpointError(ValueError):
@@ -44,6 +45,15 @@ class Checkpointer:
     training goes on (one save at a time: the next one waits for it). Under ``jax.distributed``
     every process calls every method; the directory is then on a file system that all share.
 
+    Who writes (`writers`) decides who has to wait for whom:
+
+    - ``"all"``: every process writes its own shards; all of them must live until it is complete.
+    - ``"first"``: what workers hold is gathered inside ``save``, process 0 writes all of it. Who
+      dies after that does no harm, the others go on, and the checkpoint is one of as many workers
+      as there were. It costs the traffic, and memory for all workers' state on every process.
+    - ``"own"``: every process has a directory of its own, on a disk of its own perhaps, and saves
+      and restores what it is given; nobody waits for anybody (see ``LocalCheckpointer``).
+
     Args:
       directory: where the checkpoints are; made if it does not exist.
       config: nested dict of JSON values that must be the same when a run continues; leave out what
@@ -51,8 +61,10 @@ class Checkpointer:
       workers: number of workers, which must be the same when a run continues.
       keep: how many checkpoints to keep, the latest ones, at least 1.
       async_save: False makes ``save`` return only when the checkpoint is complete.
+      writers: "all", "first" or "own"; with one process they are the same.
 
     Raises:
+      ValueError: `keep` or `writers` is none of these.
       CheckpointError: the directory cannot be made or written.
 
     Example:
@@ -72,14 +84,25 @@ class Checkpointer:
         workers: int | None = None,
         keep: int = 3,
         async_save: bool = True,
+        writers: str = "all",
     ):
         if keep < 1:
             raise ValueError(f"keep must be at least 1, got {keep}")
+        if writers not in WRITERS:
+            raise ValueError(f"writers must be one of {', '.join(WRITERS)}, got {writers!r}")
+        rank = jax.process_index()
+        self._writers, self._main = writers, writers == "own" or rank == 0
+        self._from_all = _storage.from_this if writers == "own" else _storage.from_all
         self._dir = _writable(directory)
         self._files = CheckpointFiles(self._dir)
         self._config = None if config is None else json.loads(_storage.dumps(config))
         self._workers, self._keep, self._async = workers, keep, async_save
-        self._context = ocp.Context()
+        self._context, self._reading = ocp.Context(), ocp.Context()
+        alone = [self._context] * (writers != "all") + [self._reading] * (writers == "own")
+        for context in alone if jax.process_count() > 1 else ():
+            context.multiprocessing.primary_host = rank
+            context.multiprocessing.active_processes = {rank}
+            context.multiprocessing.barrier_sync_key_prefix = f"jaxcomm_{rank}"
         # The shardings come from the abstract state; one replica of a replicated leaf is written.
         self._context.array.saving.enable_write_sharding_file = False
         self._context.array.saving.use_replica_parallel = False
@@ -110,9 +133,14 @@ class Checkpointer:
             this run did not start from.
         """
         self.wait()
-        plan = self._plan(step, force) if jax.process_index() == 0 else None
+        if self._writers == "first":
+            state = jax.tree.map(_storage.gathered, state)
+            if not self._main:
+                return True
+        plan = self._plan(step, force) if self._main else None
         self._restored = None
-        rows = _storage.from_all([plan, data_state])
+        from_all = self._from_all if self._writers == "all" else _storage.from_this
+        rows = from_all([plan, data_state])
         name, problem = rows[0][0]
         if problem:
             raise CheckpointError(problem)
@@ -123,7 +151,7 @@ class Checkpointer:
             "format": _FORMAT,
             "jaxcomm": _version(),
             "step": step,
-            "workers": self._workers,
+            "workers": _count(state, self._workers),
             "config": self._config,
             "data_state": [position for _, position in rows],
             "extra": json.loads(_storage.dumps(extra)),
@@ -223,7 +251,7 @@ class Checkpointer:
     def _seal(self, path: Path, meta: dict[str, Any], response: ocp.AsyncResponse[None]) -> None:
         """In the background: waits for Orbax, then makes the directory a checkpoint."""
         response.result()
-        if jax.process_index() == 0:
+        if self._main:
             write_marker(path, meta)
             self._files.prune(self._keep)
 
@@ -246,12 +274,12 @@ class Checkpointer:
     def _agreed(self) -> dict[int, str]:
         """Directory names of the complete checkpoints by step, as process 0 sees them."""
         names = [(step, path.name) for step, path in self._files.found().items()]
-        return dict(_storage.from_all(names)[0])
+        return dict(self._from_all(names)[0])
 
     def _read(self, step: int, path: Path, state_like: Any, resize: bool) -> tuple[Any, Any, Any]:
         where = f"checkpoint of step {step} in {self._dir}"
-        meta, problem = read_marker(path)
-        if problem := next(filter(None, _storage.from_all(problem)), None):
+        meta, problem = read_marker(path, shared=self._writers != "own")
+        if problem := next(filter(None, self._from_all(problem)), None):
             raise CorruptCheckpointError(f"{where} is corrupt: {problem}")
         written = _as_written(state_like, meta["workers"]) if resize else state_like
         flat = _storage.flatten(written)
@@ -259,7 +287,7 @@ class Checkpointer:
             raise CheckpointError(f"{where} {problem}")
         abstract = {key: _storage.abstract(leaf) for key, leaf in flat.items() if _stored(leaf)}
         try:
-            with self._context:
+            with self._reading:
                 values = ocp.load(str(path), abstract or _NOTHING)
         except Exception as error:
             raise CheckpointError(f"{where} could not be read: {_line(error)}") from error
@@ -302,6 +330,12 @@ class Checkpointer:
 
     def _unwritten(self, step: int, error: Exception) -> str:
         return f"checkpoint of step {step} could not be written to {self._dir}: {_line(error)}"
+
+
+def _count(state: Any, workers: int | None) -> int | None:
+    """Of how many workers a state is."""
+    layout = getattr(state, "layout", None)
+    return workers if getattr(layout, "workers", None) is None else layout.workers.count
 
 
 _NOTHING = {"": np.zeros(1)}  # Orbax refuses an empty tree

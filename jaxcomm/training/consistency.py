@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.experimental import multihost_utils
 
 from jaxcomm.collectives import all_gather
 from jaxcomm.training import _storage
@@ -83,9 +82,7 @@ class ReplicaCheck:
         totals, digests = workers.settle(self._run(copies, list(own.values())))
         if len(set(np.asarray(totals).tolist())) == 1:
             return None
-        if not digests.is_fully_addressable:
-            digests = multihost_utils.process_allgather(digests, tiled=True)
-        return np.asarray(digests)
+        return np.asarray(_storage.gathered(digests))
 
 
 def _leaves(state, met: bool) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:

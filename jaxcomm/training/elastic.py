@@ -12,10 +12,12 @@ with the same rows and go on:
   leaves cut by position   (the second error memory of a two-phase mean) start again from zero
   the batch                the rows of the dead are not trained on
 
-All means are over the living from then on. Needs `jax_enable_recoverability` before the job is
-joined (`prepare`). Process 0 hosts the coordination service: its death ends the job, as does a
-process that is stuck but alive; both are for a restart. No process can join later, and no
-checkpoint is written after a loss: Orbax would wait for the dead.
+All means are over the living from then on. Whatever else needs all processes (comparisons, the one
+tree to evaluate, what a checkpoint gathers) goes through `together`, which survives in the same
+way; checkpoints are written by process 0 alone (`Checkpointer(writers="first")`). Needs
+`jax_enable_recoverability` before the job is joined (`prepare`). Process 0 hosts the coordination
+service: its death ends the job and is for a restart. No process can join later. One that is stuck
+but alive counts as dead once its heartbeats have stopped for HEARTBEAT_SECONDS.
 """
 
 import time
@@ -35,6 +37,8 @@ from jaxcomm.training.watchdog import Watchdog
 from jaxcomm.training.workers import Place
 from jaxcomm.transforms._ef21 import EF21State
 
+HEARTBEAT_SECONDS = 10  # without one for so long a process is dead
+
 
 class Snapshot(NamedTuple):
     """This process's part of a state in host memory: a replicated leaf, or its workers' rows."""
@@ -48,7 +52,7 @@ class Snapshot(NamedTuple):
 def prepare() -> dict[str, Any]:
     """Lets processes outlive others; call it before `initialize`, and pass on what it returns."""
     jax.config.update("jax_enable_recoverability", True)
-    return {"heartbeat_timeout_seconds": 10, "shutdown_timeout_seconds": 15}
+    return {"heartbeat_timeout_seconds": HEARTBEAT_SECONDS, "shutdown_timeout_seconds": 15}
 
 
 class ElasticStep:
@@ -89,21 +93,36 @@ class ElasticStep:
         """One step of the living workers; `lost_workers` in the metrics says how many do not."""
         if self._snapshot is None:
             self._snapshot = take(state, self._step.places)
-        self._rows.append(jax.tree.map(_own_rows, batch))
-        state, metrics = self._survive(state, batch)
+        first, rows = self._step, jax.tree.map(_storage.own_rows, batch)
+        again = lambda: batch if self._step is first else self._global(rows)
+        state, metrics = self._survive(lambda state: self._step(state, again()), state)[1]
+        self._rows.append(rows)
         if len(self._rows) >= self._every:
             self._snapshot, self._rows = take(state, self._step.places), []
         return state, {**metrics, "lost_workers": len(self._all) - len(self._live)}
 
-    def _survive(self, state: Any, batch) -> tuple[TrainState, dict]:
+    def together(
+        self, fn: Callable[[TrainState], Any], state: TrainState
+    ) -> tuple[TrainState, Any]:
+        """`(state, fn(state))`; after a death once more, with the survivors' state.
+
+        Args:
+          fn: what all processes do together; it does not donate the state.
+          state: after the last step.
+        """
+        if self._snapshot is None:
+            self._snapshot = take(state, self._step.places)
+        return self._survive(fn, state)
+
+    def _survive(self, run: Callable[[TrainState], Any], state: Any) -> tuple[TrainState, Any]:
         begin = None
         while True:
             try:
                 with multihost_utils.live_devices(self._all) as living:
                     if len(living) < len(self._live):
                         begin = begin or time.monotonic()
-                        state, batch = self._rebuild(living)
-                    result = jax.block_until_ready(self._step(state, batch))
+                        state = self._rebuild(living)
+                    result = jax.block_until_ready(run(state))
             except multihost_utils.ProcessFailureError as error:
                 begin = begin or time.monotonic()
                 logging.warning("%s", str(error).splitlines()[0])
@@ -111,10 +130,10 @@ class ElasticStep:
             if begin is not None:
                 self.recovery_seconds = time.monotonic() - begin
                 logging.warning("going on after %.1f s", self.recovery_seconds)
-            return result
+            return state, result
 
-    def _rebuild(self, living: list[Any]) -> tuple[TrainState, Any]:
-        """The state and the batch of the step that failed, for those that are left."""
+    def _rebuild(self, living: list[Any]) -> TrainState:
+        """The state after the last whole step, for those that are left."""
         assert self._snapshot is not None
         alive = set(living)
         self._live = [device for device in self._all if device in alive]
@@ -130,15 +149,14 @@ class ElasticStep:
             len(self._live),
             len(self._all),
             self._snapshot.step,
-            len(self._rows) - 1,
+            len(self._rows),
         )
         state, fresh = put_back(self._snapshot, self._step)
         if fresh:
             logging.warning("starting again from zero: %s", ", ".join(fresh))
-        *earlier, last = (self._global(rows) for rows in self._rows)
-        for batch in earlier:
-            state, _ = jax.block_until_ready(self._step(state, batch))
-        return state, last
+        for rows in self._rows:
+            state, _ = jax.block_until_ready(self._step(state, self._global(rows)))
+        return state
 
     def _global(self, rows):
         sharding = self._step.workers.sharding(Place.SPLIT)
@@ -153,7 +171,7 @@ def take(state: TrainState, places: Any) -> Snapshot:
         apart = kinds[path] is Place.PER_WORKER
         specs[path] = jax.ShapeDtypeStruct(leaf.shape[apart:], leaf.dtype)
         data = jax.random.key_data(leaf) if _is_key(leaf) else leaf
-        leaves[path] = _own_rows(data) if apart else np.array(data.addressable_data(0))
+        leaves[path] = _storage.own_rows(data)
     views = jax.tree.unflatten(jax.tree.structure(state), list(specs.values()))
     return Snapshot(leaves, kinds, views, int(leaves[".step"]))
 
@@ -205,11 +223,3 @@ def _agreed(node: Any) -> Any:
         return jax.make_array_from_process_local_data(local.sharding, rows, local.shape)
 
     return node._replace(local=jax.tree.map(spread, node.mean, node.local))
-
-
-def _own_rows(x: Any) -> np.ndarray:
-    """A copy of the rows that this process holds, in order."""
-    if not isinstance(x, jax.Array):
-        return np.array(x)
-    shards = sorted(x.addressable_shards, key=lambda shard: shard.index[0].start or 0)
-    return np.concatenate([np.asarray(shard.data) for shard in shards])

@@ -4,6 +4,7 @@ Everything that decides the trajectory (state, data position, bytes sent so far)
 checkpoint, so that N steps equal k steps, a kill, and N - k more, bit for bit.
 """
 
+import functools
 import signal
 import threading
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from jax.experimental import multihost_utils
 from jaxcomm.traffic import Traffic, traffic
 from jaxcomm.training.checkpoint import Checkpointer
 from jaxcomm.training.consistency import ReplicaCheck
+from jaxcomm.training.local_checkpoint import LocalCheckpointer
 from jaxcomm.training.metrics import MetricsLogger, Stopwatch
 from jaxcomm.training.step import TrainState, TrainStep
 from jaxcomm.training.watchdog import Watchdog
@@ -41,7 +43,7 @@ def train_loop(
     *,
     steps: int,
     logger: MetricsLogger,
-    checkpointer: Checkpointer | None = None,
+    checkpointer: Checkpointer | LocalCheckpointer | None = None,
     log_every: int = 10,
     checkpoint_every: int = 0,
     evaluate: Callable[[Any], dict[str, float]] | None = None,
@@ -81,12 +83,13 @@ def train_loop(
     logger.truncate(done)
     started, check = False, ReplicaCheck()
 
-    def save():
-        if checkpointer is not None and not getattr(step, "lost", ()):  # or wait for the dead
-            if check_every and done % check_every:  # else it has just been done
-                check(state)
-            extra = {"sent_bytes": account.settle(), "seconds": seconds}
-            checkpointer.save(done, state, data_state=data.get_state(), extra=extra)
+    def save(state):
+        if checkpointer is None:
+            return
+        if check_every and done % check_every:  # else it has just been done
+            check(state)
+        extra = {"sent_bytes": account.settle(), "seconds": seconds}
+        checkpointer.save(done, state, data_state=data.get_state(), extra=extra)
 
     with _StopSignal() as stop:
         while done < steps:
@@ -97,7 +100,8 @@ def train_loop(
             state, metrics = step(state, batch)
             done += 1
             if checking:
-                check(state, met=meetings(state) > met)
+                met = meetings(state) > met
+                state, _ = step.together(functools.partial(check, met=met), state)
             if watchdog is not None:
                 watchdog.step(done)
             account.add(metrics)
@@ -111,13 +115,14 @@ def train_loop(
             if logging:
                 values = _line(metrics, state, account, seconds)
                 if evaluate and evaluating:
-                    values |= evaluate(step.consensus(state))
+                    state, params = step.together(lambda state: step.consensus(state), state)
+                    values |= evaluate(params)
                 logger.log(done, values)
                 if monitor is not None:
                     monitor(done, seconds)
             stopping = stop.requested(done)
             if last or stopping or (checkpoint_every and done % checkpoint_every == 0):
-                save()
+                state, _ = step.together(save, state)
             if stopping and not last:
                 break
     if checkpointer is not None:

@@ -10,7 +10,6 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 
 from jaxcomm.collectives.means import chunk_size
 from jaxcomm.training import _storage
@@ -215,10 +214,7 @@ def _taken_in(error, vector: np.ndarray):
 
 
 def _on_host(x) -> np.ndarray:
-    x = _storage.pack(x)
-    if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
-        return np.asarray(multihost_utils.process_allgather(x, tiled=True))
-    return np.asarray(x)
+    return np.asarray(_storage.gathered(_storage.pack(x)))
 
 
 def _workers(n, layout: Layout) -> Workers:

@@ -230,21 +230,33 @@ class TrainStep:
         return jax.make_jaxpr(fn)(*abstract)
 
     def consensus(self, state: TrainState):
-        """The one parameter tree to evaluate: the mean over workers where they differ."""
-        self._locate(self._checked(state))
+        """The one parameter tree to evaluate.
 
-        def leaf(place, x):
-            if place is Place.REPLICATED:
-                return x
-            return jnp.mean(x.astype(jnp.float32), axis=0).astype(x.dtype)
+        It is the mean over the workers where they differ, or what the sync rule has instead
+        (`SyncRule.evaluated`): an average of meetings, a server's parameters.
+        """
+        self._locate(self._checked(state))
+        evaluated = None if self._sync is None else self._sync.evaluated
+
+        def one_tree(params, sync_state):
+            params = jax.tree.map(_over_workers, self.places.params, params)
+            if evaluated is None:
+                return params
+            return evaluated(
+                params, jax.tree.map(_over_workers, self.places.sync_state, sync_state)
+            )
 
         if self._mean is None:
             everywhere = self.workers.sharding(Place.REPLICATED)  # None: wherever it is
-            self._mean = jax.jit(
-                lambda params: jax.tree.map(leaf, self.places.params, params),
-                out_shardings=everywhere,
-            )
-        return self.workers.settle(self._mean(state.params))
+            self._mean = jax.jit(one_tree, out_shardings=everywhere)
+        sync_state = () if evaluated is None else state.sync_state
+        return self.workers.settle(self._mean(state.params, sync_state))
+
+    def together(
+        self, fn: Callable[[TrainState], Any], state: TrainState
+    ) -> tuple[TrainState, Any]:
+        """`(state, fn(state))`, of something that all processes do together (see `ElasticStep`)."""
+        return state, fn(state)
 
     def _checked(self, state: TrainState) -> TrainState:
         """The state, if it is one of as many workers; with a layout, if it has none."""
@@ -323,6 +335,15 @@ def _strong(x):
     """Without JAX's weak type, which the first step would drop: it would be traced twice."""
     x = jnp.asarray(x)
     return x.astype(x.dtype) if getattr(jax.typeof(x), "weak_type", False) else x
+
+
+def _over_workers(place: Place, x):
+    """The mean over the workers; of what has none the first worker's."""
+    if place is Place.REPLICATED:
+        return x
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        return x[0]
+    return jnp.mean(x.astype(jnp.float32), axis=0).astype(x.dtype)
 
 
 def _abstract(x):

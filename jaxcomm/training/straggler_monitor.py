@@ -2,7 +2,7 @@
 
 Every process writes three numbers at each logged step and process 0 reads what is there: nobody
 waits for anybody, no collective runs, some hundred bytes move. Without a wait a process that is
-behind is judged by its last numbers.
+behind is judged by its last numbers. No trouble with the service ends a training.
 
 What a step computes cannot be seen from outside, as the collective is part of the same program.
 `step_alone` measures it: the same step of this process with the communication removed.
@@ -10,7 +10,7 @@ What a step computes cannot be seen from outside, as the collective is part of t
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -59,12 +59,13 @@ class StragglerMonitor:
         self._suspected = False  # whether everybody seemed slow the last time
         self.times = np.full((self._processes, 3), math.nan)  # step, compute, collective
 
-    def __call__(self, step: int, seconds: float) -> list[Finding]:
+    def __call__(self, step: int, seconds: float, lost: Sequence[int] = ()) -> list[Finding]:
         """Measures, writes, and on process 0 compares.
 
         Args:
           step: the step that has ended.
           seconds: wall time of the run so far.
+          lost: processes that are not there any more, which the others are not compared with.
 
         Returns:
           What was found, on process 0; it is logged as well.
@@ -75,11 +76,14 @@ class StragglerMonitor:
         each = (seconds - last[1]) / (step - last[0])
         compute = self._compute()
         collective = max(each - compute, 0.0) if self._whole else math.nan
-        self._exchange(f"{each!r} {compute!r} {collective!r}")
+        try:
+            self._exchange(f"{each!r} {compute!r} {collective!r}")
+        except jax.errors.JaxRuntimeError as error:  # the next collective will say so as well
+            logging.warning("step %d: no times: %s", step, str(error).splitlines()[0])
+            return []
         if self._process:
             return []
-        found = find_slow(self.times[:, 1], self.times[:, 2], self._usual)
-        self._remember()
+        found = self._compare(lost)
         # once may have been an evaluation or a save between the two lines
         everybody = any(finding.process == EVERYBODY for finding in found)
         if everybody and not self._suspected:
@@ -89,6 +93,14 @@ class StragglerMonitor:
             logging.warning("step %d: %s", step, finding)
         return found
 
+    def _compare(self, lost: Sequence[int]) -> list[Finding]:
+        here = [i for i in range(self._processes) if i not in lost]
+        times = self.times[here]
+        found = find_slow(times[:, 1], times[:, 2], self._usual)
+        self._remember(times[:, 2])
+        named = [here[f.process] if f.process != EVERYBODY else EVERYBODY for f in found]
+        return [f._replace(process=process) for f, process in zip(found, named)]
+
     def _exchange(self, mine: str) -> None:
         entries = [(f"{self._process}", mine)]
         if self._processes > 1:
@@ -97,10 +109,9 @@ class StragglerMonitor:
         for key, text in entries:
             self.times[int(key.rpartition("/")[2])] = [float(word) for word in text.split()]
 
-    def _remember(self) -> None:
-        shortest = self.times[:, 2]
-        if self._processes > 1 and np.isfinite(shortest).any():
-            shortest = float(np.nanmin(shortest))
+    def _remember(self, collective: np.ndarray) -> None:
+        if self._processes > 1 and np.isfinite(collective).any():
+            shortest = float(np.nanmin(collective))
             self._usual = shortest if self._usual is None else min(self._usual, shortest)
 
 
@@ -119,11 +130,11 @@ def step_alone(step, state, batch) -> Callable[[], float]:
     sizes = dict(zip(step.workers.names, step.workers.sizes))
     run = jax.jit(without_communication(step.trace(state, batch), sizes))
     rows = lambda x: x[: x.shape[0] // step.workers.count]
-    blocks = [np.asarray(x.addressable_shards[0].data) for x in _leaves(state)]
+    blocks = [np.array(x.addressable_shards[0].data) for x in _leaves(state)]
     shares = [
-        np.asarray(x.addressable_shards[0].data)
+        np.array(x.addressable_shards[0].data)
         if isinstance(x, jax.Array) and x.sharding == step.workers.sharding(Place.SPLIT)
-        else np.asarray(rows(x))
+        else np.array(rows(x))
         for x in jax.tree.leaves(batch)
     ]
     device = jax.local_devices()[0]

@@ -10,6 +10,10 @@ the leaves that stay dense, the Q in a second: two collectives a step whatever t
 The error is the worker's own, M_i - P Q_i^T, as in the authors' package; the paper's M_i - P Q^T
 has the same mean, hence the same iterates. What of the workers' differences P does not span stays
 in the errors and cancels in their mean, so that at full rank u is the mean whatever the errors.
+With `factors`, a codec of our own addition, P and Q travel compressed (the leaves that stay dense
+do not), at a rank as many times higher for the same bytes. Then E_i <- M_i - P Q^T, the paper's
+error: it also takes in what the codec lost of Q, so that u still telescopes; what it lost of P only
+turns the subspace.
 The package's rank-1 step divides a stack of same-shape matrices by the norm of the whole stack;
 here every matrix is orthogonalised by itself, by QR, which also copes with zero gradients.
 
@@ -25,13 +29,17 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxcomm.collectives import AxisName, cond, dense_mean, flatten
+from jaxcomm.collectives import AxisName, cond, dense_mean, exchange_mean, flatten
+from jaxcomm.collectives.exchange import check_exchange
 from jaxcomm.collectives.flatten import zeros_like_float32
+from jaxcomm.compressors import Compressor
 from jaxcomm.transforms.common import (
     Communication,
+    check_compressor,
     combine,
     leaf_names,
     log_dense,
+    message_key,
     partition,
     zero_count,
 )
@@ -66,6 +74,8 @@ def power_sgd(
     min_compression_rate: float = 2.0,
     warm_start: bool = True,
     start_step: int = 0,
+    factors: Compressor | None = None,
+    exchange: str = "auto",
     seed: int = 0,
 ) -> Communication:
     r"""Low-rank mean of the gradients with error feedback.
@@ -84,14 +94,17 @@ def power_sgd(
         scalars (logged at start).
       warm_start: start from the last step's Q; without it from a fresh random one.
       start_step: so many steps are dense at first.
-      seed: seeds the first (or every) Q, the same on all workers.
+      factors: codec of the P and of the Q, such as `quantize(4)`; float32 sums without it.
+      exchange: how those travel, see `exchange_mean`.
+      seed: seeds the first (or every) Q, the same on all workers, and the codec.
 
     Returns:
       An Optax transform whose output is the low-rank mean. Inside `optax.inject_hyperparams` name
       rank and min_compression_rate in `static_args`.
 
     Raises:
-      ValueError: rank below 1, a negative rate or a negative start_step.
+      ValueError: rank below 1, a negative rate or start_step, an unknown exchange.
+      TypeError: `factors` is no compressor.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, jaxcomm
@@ -107,6 +120,16 @@ def power_sgd(
       Vogels et al. 2019, PowerSGD (arXiv 1905.13727).
     """
     _check(rank, min_compression_rate, start_step)
+    check_exchange(exchange, "power_sgd")
+    if factors is not None:
+        check_compressor(factors, "power_sgd")
+
+    def factor_mean(vector, count, hop):
+        """The mean of the workers' P (hop 0) or Q (hop 1), as they travel."""
+        if factors is None:
+            return dense_mean(vector, axis_name)
+        key = jax.random.fold_in(message_key(seed, count, axis_name, factors), hop)
+        return exchange_mean(vector, factors, axis_name, key, exchange).mean
 
     def compressed(leaf) -> bool:
         shape = matrix_shape(jnp.shape(leaf))
@@ -138,7 +161,12 @@ def power_sgd(
         total = jax.tree.map(lambda g, e: g.astype(jnp.float32) + e, low, state.error)
 
         def compress():
-            mean, mean_dense, error, new = _low_rank_mean(total, query, dense, axis_name)
+            beside = dense if factors is None else []
+            means = functools.partial(factor_mean, count=state.count)
+            mean, mean_dense, error, new = _low_rank_mean(total, query, beside, means, not factors)
+            if factors is not None:
+                vector, unflatten = flatten(dense)
+                mean_dense = unflatten(dense_mean(vector, axis_name), jnp.float32)
             return combine(mean, mean_dense), error, new
 
         def all_dense():
@@ -156,8 +184,8 @@ def power_sgd(
     return Communication(init_fn, update_fn)
 
 
-def _low_rank_mean(total, query, dense, axis_name):
-    """Two all-reduces: (low-rank means, dense means, this worker's errors, new queries)."""
+def _low_rank_mean(total, query, dense, mean_fn, own_error: bool):
+    """Two means: (low-rank means, dense means, this worker's errors, new queries)."""
     leaves, treedef = jax.tree.flatten(total)
     groups: dict[tuple, list[int]] = {}  # leaves of one matrix shape are one batch
     for i, leaf in enumerate(leaves):
@@ -167,11 +195,11 @@ def _low_rank_mean(total, query, dense, axis_name):
     qs = [jnp.stack([qs[i] for i in members]) for members in groups.values()]
 
     vector, unflatten = flatten(([_matmul(m, q) for m, q in zip(ms, qs)], dense))
-    ps, dense = unflatten(dense_mean(vector, axis_name), jnp.float32)
+    ps, dense = unflatten(mean_fn(vector, hop=0), jnp.float32)
     ps = [jnp.linalg.qr(p)[0] for p in ps]
     own = [_matmul(m.mT, p) for m, p in zip(ms, ps)]
     vector, unflatten = flatten(own)
-    qs = unflatten(dense_mean(vector, axis_name)) if own else []
+    qs = unflatten(mean_fn(vector, hop=1)) if own else []
 
     def ungroup(stacks, shaped=True):
         parts = [x for stack in stacks for x in stack]
@@ -181,7 +209,8 @@ def _low_rank_mean(total, query, dense, axis_name):
         )
 
     mean = ungroup([_matmul(p, q.mT) for p, q in zip(ps, qs)])
-    error = ungroup([m - _matmul(p, q.mT) for m, p, q in zip(ms, ps, own)])
+    lost = own if own_error else qs
+    error = ungroup([m - _matmul(p, q.mT) for m, p, q in zip(ms, ps, lost)])
     return mean, dense, error, ungroup(qs, shaped=False)
 
 

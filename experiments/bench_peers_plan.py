@@ -1,0 +1,54 @@
+"""What `plan` says of the steps that `experiments.bench peers` measures.
+
+Bytes are counted by tracing the step, no host is needed; computation and codec are those measured
+in the same run (the step without its communication). Links carry the headers of Ethernet frames.
+"""
+
+import collections
+import functools
+
+import jax
+
+import jaxcomm
+from experiments.bench_peers_cases import BY_NAME, RAW, config
+from experiments.bench_peers_jax import make_step
+from experiments.bench_peers_report import Rows, step_seconds
+from experiments.tasks import make_task
+from jaxcomm.traffic.link import ETHERNET
+
+LATENCY = 1e-4  # between namespaces of one machine
+
+
+@functools.cache
+def traffic(method: str, size: str, hosts: int, steps: int) -> jaxcomm.Traffic:
+    """The traffic of a method of jaxcomm."""
+    cfg = config(size, hosts, steps)
+    task = make_task(cfg)
+    step = make_step(BY_NAME[method], cfg, task, simulate=hosts)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    state = step.abstract_state(jax.eval_shape(task.init, key), key)
+    return jaxcomm.traffic(step, state, next(task.train_iterator(cfg.batch_size, cfg.seed)))
+
+
+def predictions(rows: Rows, steps: int) -> dict[tuple, tuple[float, float]]:
+    """(predicted, measured) seconds a step by (size, method, hosts, rate), of throttled links."""
+    found = {}
+    for kind, size, method, hosts, rate in rows:
+        run = rows.get(("loss", "small", method, hosts, RAW))
+        ours = BY_NAME[method].library == "jaxcomm"
+        if kind != "time" or rate == RAW or not ours or (BY_NAME[method].rounds and run is None):
+            continue
+        row = rows[kind, size, method, hosts, rate]
+        kinds = run["kinds"] if BY_NAME[method].rounds and run else row["kinds"]
+        shares = collections.Counter(kinds)
+        branches = {tuple(map(int, k)): c / len(kinds) for k, c in shares.items()}
+        predicted = jaxcomm.predict(
+            traffic(method, size, hosts, steps),
+            jaxcomm.Link.parse(rate, latency=LATENCY, overhead=ETHERNET),
+            compute_seconds=row["local"],
+            codec_seconds=max(row["alone"] - row["local"], 0.0),
+            branches=branches,
+        )
+        key = size, method, hosts, rate
+        found[key] = predicted.step_seconds, step_seconds(rows, method, size, hosts, rate)
+    return found
