@@ -5,6 +5,7 @@ from jaxcomm.training.consistency import DivergenceError, ReplicaCheck
 from jaxcomm.training.loop import train_loop
 from jaxcomm.training.make import make_train_step
 from jaxcomm.training.metrics import MetricsLogger
+from jaxcomm.training.pipeline import PipelinedMean
 from jaxcomm.training.resize import resize_workers
 from jaxcomm.training.step import TrainState, TrainStep
 from jaxcomm.training.straggler_monitor import StragglerMonitor
@@ -15,6 +16,7 @@ __all__ = [
     "Checkpointer",
     "DivergenceError",
     "MetricsLogger",
+    "PipelinedMean",
     "ReplicaCheck",
     "StragglerMonitor",
     "TrainState",

@@ -1,0 +1,331 @@
+"""A compressed mean in buckets: one travels while the next is coded and the last one decoded.
+
+XLA on CPU runs the collectives and the computation of one program one after the other, so that a
+compressed mean takes codec plus transfer. Here each step of each bucket is a program of its own,
+dispatched by two threads: one for the collectives, one for everything else.
+
+    gather      computing  encode 0 | encode 1 | ...            | decode 0 | decode 1 | ...
+                wire                | gather 0 | gather 1 | ...
+    two_phase   computing  encode 0 | encode 1 | ... | average 0  | average 1 | ... | decode 0 | ...
+                wire                | send 0   | send 1 | ...     | gather 0  | gather 1 | ...
+
+With B buckets of codec time c and transfer time t in all, the mean takes max(c, t) and about
+min(c, t) / B instead of c + t. Collectives run one at a time and in one order on every host: two
+programs in flight on one gloo connection would read each other's bytes.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import AxisType, Mesh
+
+from jaxcomm.collectives import axis, primitives
+from jaxcomm.collectives.axis import AxisName
+from jaxcomm.collectives.cost import bucket_rows, buckets, exchange_bytes
+from jaxcomm.collectives.flatten import flatten
+from jaxcomm.collectives.means import (
+    chunk_size,
+    decode_chunks,
+    encode_chunk,
+)
+from jaxcomm.compressors.base import Compressor, Payload
+from jaxcomm.training.workers import Place, Workers
+from jaxcomm.transforms.common import check_compressor
+
+EXCHANGES = ("two_phase", "gather")
+ALIGNED = 1024  # elements: the usual block; buckets are whole blocks where they are large enough
+
+_OWN, _SHARED = Place.PER_WORKER, Place.REPLICATED
+
+
+class PipelinedMean:
+    """The mean of the workers' vectors or trees, coded and sent in buckets at the same time.
+
+    For what is averaged between two steps: parameters of local training, pseudo-gradients,
+    accumulated gradients. The values are those of
+    `exchange_mean(x, compressor, axis_name, key, exchange, bucket_bytes=mean.bucket_bytes(d))`.
+    All workers' processes call it at the same time, and no other collective of theirs meanwhile.
+
+    Args:
+      compressor: the codec; it sees one bucket at a time (scales by it, keeps its share of it).
+      axis_name: the worker axis of the mesh, or a tuple of axes.
+      exchange: 'two_phase' or 'gather' (see `exchange_mean`).
+      buckets: in how many parts at most; more hide more, and each costs a few messages.
+      mesh: the computing devices, with these axes alone; None for all devices.
+      wire: the devices that make the transfers, one a worker in the same process and order. None
+        for the same ones if they are CPU devices (two threads dispatch to them), else for CPU
+        devices of the same hosts, as many as these have workers (JAX_NUM_CPU_DEVICES).
+
+    Raises:
+      TypeError: not a compressor.
+      ValueError: an unknown exchange, buckets < 1, a mesh of other axes, or devices for the
+        transfers that are too few or in other processes.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxcomm
+      >>> mean = jaxcomm.PipelinedMean(jaxcomm.sign(), "workers", buckets=4)
+      >>> x = {"w": jnp.ones((jax.device_count(), 3))}  # axis 0: the workers
+      >>> mean(x)["w"].tolist()
+      [1.0, 1.0, 1.0]
+    """
+
+    def __init__(
+        self,
+        compressor: Compressor,
+        axis_name: AxisName,
+        *,
+        exchange: str = "two_phase",
+        buckets: int = 8,
+        mesh: Mesh | None = None,
+        wire: Mesh | None = None,
+    ):
+        check_compressor(compressor, "PipelinedMean")
+        if exchange not in EXCHANGES:
+            raise ValueError(
+                f"PipelinedMean: exchange must be one of {EXCHANGES}, got {exchange!r}"
+            )
+        if buckets < 1:
+            raise ValueError(f"PipelinedMean: buckets must be at least 1, got {buckets}")
+        self.compressor, self.exchange, self.buckets = compressor, exchange, buckets
+        self._workers = Workers(axis_name, mesh)
+        self._wire = Workers(axis_name, _wire_mesh(self._workers, wire))
+        self._twins = _twins(self._workers, self._wire)
+        self._rows = bucket_rows(exchange, self._workers.count)
+        self._plans: dict[tuple, _Plan] = {}
+
+    def __call__(self, tree, key: jax.Array | None = None):
+        """The mean; returns when the last bucket has arrived.
+
+        Args:
+          tree: an array of shape (n, ...) or a tree of them, real floats; axis 0 is the workers',
+            over whose devices it is split.
+          key: PRNG key, the same on all processes, for random codecs.
+
+        Returns:
+          The tree without axis 0, replicated; leaf dtypes kept.
+
+        Raises:
+          TypeError: a leaf is not of a real floating-point type.
+          ValueError: a leaf's axis 0 is not of the workers' number.
+        """
+        leaves, treedef = jax.tree.flatten(tree)
+        kind = (treedef, *((leaf.shape, leaf.dtype) for leaf in leaves))
+        if kind not in self._plans:
+            self._check(tree)
+            self._plans[kind] = _Plan(self, tree)
+        plan = self._plans[kind]
+        return plan.split(self._exchange(plan, plan.join(tree), key))
+
+    def bucket_bytes(self, size: int) -> int:
+        """Bytes of float32 in a bucket of a vector of `size` elements."""
+        step = -(-chunk_size(size, self._rows) // self.buckets)
+        unit = ALIGNED if step >= 8 * ALIGNED else 8
+        return 4 * self._rows * unit * max(1, -(-step // unit))
+
+    def sent_bytes(self, size: int) -> float:
+        """Bytes that one worker sends for the mean of vectors of `size` elements."""
+        n = self._workers.count
+        return exchange_bytes(self.exchange, self.compressor, size, n, self.bucket_bytes(size))
+
+    def _exchange(self, plan: "_Plan", vector, key):
+        """The mean of the flat vectors, with the padding of its rows."""
+        mean, gather_only = plan.zeros(), self.exchange == "gather"
+        with ThreadPoolExecutor(1, "jaxcomm-wire") as wire:
+            arriving = []
+            for steps, at in plan.parts:
+                message = self._run(steps.encode, vector, key, *at)
+                hop = (steps.gather, _SHARED) if gather_only else (steps.send, _OWN)
+                arriving.append(wire.submit(self._transfer, message, *hop))
+            for i, (steps, at) in enumerate(() if gather_only else plan.parts):
+                message = self._run(steps.average, arriving[i].result(), key, *at)
+                arriving[i] = wire.submit(self._transfer, message, steps.gather, _SHARED)
+            for (steps, (start, _)), messages in zip(plan.parts, arriving):
+                mean = self._run(steps.decode, mean, messages.result(), start)
+        return mean
+
+    def _run(self, program, *args):
+        return self._workers.settle(program(*args))
+
+    def _transfer(self, message, hop, place: Place):
+        """A collective, from computing devices to computing devices; done when it returns."""
+        received = jax.block_until_ready(hop(self._move(message, self._wire, _OWN)))
+        return self._move(received, self._workers, place)
+
+    def _move(self, x: jax.Array, workers: Workers, place: Place) -> jax.Array:
+        """The array on these workers' devices; every process moves what it holds."""
+        if not self._twins:
+            return x
+        shards = [jax.device_put(s.data, self._twins[s.device]) for s in x.addressable_shards]
+        return jax.make_array_from_single_device_arrays(x.shape, workers.sharding(place), shards)
+
+    def _check(self, tree) -> None:
+        n = self._workers.count
+        for path, leaf in jax.tree.leaves_with_path(tree):
+            name = jax.tree_util.keystr(path)
+            if not leaf.shape or leaf.shape[0] != n:
+                raise ValueError(
+                    f"PipelinedMean: axis 0 of every leaf is the {n} workers', got the shape "
+                    f"{leaf.shape} at {name!r}"
+                )
+
+
+class _Plan:
+    """What it takes to average trees of one structure: cut, step by step, put together."""
+
+    def __init__(self, mean: PipelinedMean, tree):
+        workers, rows = mean._workers, mean._rows
+        leaves = jax.tree.leaves(tree)
+        size = sum(leaf.size for leaf in leaves) // workers.count
+        length = chunk_size(size, rows)
+        parts = buckets(mean.exchange, size, workers.count, mean.bucket_bytes(size))
+        kinds = {(part.width, part.size) for part in parts}
+        steps = {kind: _Steps(mean, length, *kind) for kind in kinds}
+        number = lambda i: np.int32(i) if len(parts) > 1 else None  # one: the message's own key
+        self.parts = [
+            (steps[part.width, part.size], (np.int32(part.start), number(i)))
+            for i, part in enumerate(parts)
+        ]
+        self.zeros = workers.jit(lambda: jnp.zeros(rows * length), (), _SHARED)
+        plain = len(leaves) == 1 and leaves[0].dtype == jnp.float32 and size == rows * length
+
+        def join(tree):
+            return jnp.pad(flatten(tree)[0], (0, rows * length - size))
+
+        def split(vector):
+            like = jax.tree.map(lambda x: jnp.zeros(x.shape[1:], x.dtype), kind)
+            return flatten(like)[1](vector[:size])
+
+        kind = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+        self.join = (
+            (lambda tree: jax.tree.leaves(tree)[0]) if plain else workers.jit(join, (_OWN,), _OWN)
+        )
+        self.split = workers.jit(split, (_SHARED,), _SHARED, donate=plain)
+
+
+class _Steps:
+    """The programs of all buckets of one shape."""
+
+    def __init__(self, mean: PipelinedMean, length: int, width: int, size: int):
+        codec, rows, name = mean.compressor, mean._rows, mean._workers.axis_name
+        one, shapes = mean.exchange == "gather", codec.payload_shapes(width)
+
+        def own(key, number):
+            """This worker's key of this bucket."""
+            if key is None:
+                return None
+            key = key if codec.shared_key else jax.random.fold_in(key, axis.index(name))
+            return key if number is None else jax.random.fold_in(key, number)
+
+        def encode(vector, key, start, number):
+            grid = vector.reshape(rows, length)
+            part = lax.dynamic_slice(grid, (jnp.zeros_like(start), start), (rows, width))
+            if one:
+                return _message(codec.encode(part[0], own(key, number)))
+            return _message(codec.encode_chunks(part, own(key, number), size=size))
+
+        def send(message):
+            return primitives.all_to_all(message, name, "message")
+
+        def average(received, key, start, number):
+            key = own(key, number)
+            key = None if key is None else jax.random.fold_in(key, 1)
+            total = codec.decode_sum(_payload(received, shapes), width) / rows
+            return _message(encode_chunk(codec, total, key, axis.index(name) * width, size)[1])
+
+        def gather(message):
+            return primitives.all_gather(message, name, "message")
+
+        def decode(vector, messages, start):
+            payloads = _payload(messages, shapes)
+            if one:
+                part = codec.decode_sum(payloads, width)[None] / axis.size(name)
+            else:
+                part = decode_chunks(codec, payloads, width)
+            grid = vector.reshape(rows, length)
+            grid = lax.dynamic_update_slice(grid, part, (jnp.zeros_like(start), start))
+            return grid.reshape(-1)
+
+        here, there = mean._workers.jit, mean._wire.jit
+        at = (_SHARED,) * 3
+        self.encode = here(encode, (_OWN, *at), _OWN)
+        self.send = there(send, (_OWN,), _OWN)
+        self.average = here(average, (_OWN, *at), _OWN)
+        self.gather = there(gather, (_OWN,), _SHARED)
+        self.decode = here(decode, (_SHARED, _SHARED, _SHARED), _SHARED, donate=True)
+
+
+def _message(payload: Payload) -> jax.Array:
+    """The parts as one array: small parts cost a message of their own otherwise."""
+    parts = [payload[name] for name in sorted(payload)]
+    return parts[0] if len(parts) == 1 else jnp.concatenate([_as_bytes(x) for x in parts], -1)
+
+
+def _as_bytes(x: jax.Array) -> jax.Array:
+    data = lax.bitcast_convert_type(x, jnp.uint8)
+    return data if x.dtype.itemsize == 1 else data.reshape(*x.shape[:-1], -1)
+
+
+def _payload(messages: jax.Array, shapes: dict[str, jax.ShapeDtypeStruct]) -> Payload:
+    """The parts, of these shapes, of each of (n, bytes) messages."""
+    if len(shapes) == 1:
+        return dict.fromkeys(shapes, messages)
+    parts, start = {}, 0
+    for name, (count, width, dtype) in _layout(shapes):
+        data = messages[:, start : start + count * width]
+        data = data if width == 1 else data.reshape(len(messages), count, width)
+        parts[name] = lax.bitcast_convert_type(data, dtype)
+        start += count * width
+    return parts
+
+
+def _layout(shapes: dict[str, jax.ShapeDtypeStruct]):
+    """(name, (elements, bytes of one, dtype)) of the parts of a message."""
+    for name in sorted(shapes):
+        yield name, (shapes[name].shape[0], shapes[name].dtype.itemsize, shapes[name].dtype)
+
+
+def _wire_mesh(workers: Workers, wire: Mesh | None) -> Mesh:
+    """The devices that make the transfers, checked."""
+    mesh = workers.mesh
+    assert mesh is not None
+    if mesh.axis_names != workers.names:
+        raise ValueError(
+            "PipelinedMean needs a mesh of the worker axes alone, got the axes "
+            f"{', '.join(map(repr, mesh.axis_names))}"
+        )
+    computing = list(mesh.devices.flat)
+    if wire is None:
+        return mesh if computing[0].platform == "cpu" else _on_hosts(mesh)
+    homes = lambda devices: [d.process_index for d in devices]
+    if wire.axis_names != mesh.axis_names or homes(wire.devices.flat) != homes(computing):
+        raise ValueError(
+            "PipelinedMean: wire needs the axes of mesh and its processes in the same order, got "
+            f"{wire.axis_names} in {homes(wire.devices.flat)} for {mesh.axis_names} in "
+            f"{homes(computing)}"
+        )
+    return wire
+
+
+def _on_hosts(mesh: Mesh) -> Mesh:
+    """CPU devices for these accelerators, one each, in the same processes."""
+    homes = [d.process_index for d in mesh.devices.flat]
+    free = {i: [d for d in jax.devices("cpu") if d.process_index == i] for i in homes}
+    most = max(homes.count(i) for i in homes)
+    if any(len(free[i]) < homes.count(i) for i in homes):
+        raise ValueError(
+            "PipelinedMean needs as many CPU devices as a process has workers: start with "
+            f"JAX_NUM_CPU_DEVICES={most}"
+        )
+    hosts = np.array([free[i].pop(0) for i in homes], dtype=object).reshape(mesh.devices.shape)
+    return Mesh(hosts, mesh.axis_names, axis_types=(AxisType.Auto,) * hosts.ndim)
+
+
+def _twins(workers: Workers, wire: Workers) -> dict:
+    """From computing devices to those of the transfers and back; empty if they are the same."""
+    assert workers.mesh is not None
+    assert wire.mesh is not None
+    pairs = list(zip(workers.mesh.devices.flat, wire.mesh.devices.flat))
+    return {} if pairs[0][0] == pairs[0][1] else dict([*pairs, *((b, a) for a, b in pairs)])
