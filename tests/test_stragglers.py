@@ -153,6 +153,39 @@ def test_the_monitor_names_the_slow_process(caplog):
     assert (found.process, found.kind) == (EVERYBODY, SLOW_COMMUNICATION)
 
 
+def test_nobody_is_compared_with_a_process_that_is_gone(caplog):
+    """Of three, the last is gone, with the numbers it had; of the other two one is slow."""
+    store, computes = Store(), [0.1, 0.3, 0.1]
+    monitors = [
+        StragglerMonitor(lambda i=i: computes[i], process=i, processes=3, store=store)
+        for i in range(3)
+    ]
+    for step in (1, 2):
+        for monitor in monitors[::-1]:
+            monitor(step, 0.32 * step)
+    computes[1] = 0.1
+    with caplog.at_level("WARNING", logger="absl"):
+        for step, slow in ((3, 0.1), (4, 0.3)):
+            computes[0] = slow
+            monitors[1](step, 0.32 * step, lost=(2,))
+            found = monitors[0](step, 0.32 * step, lost=(2,))
+            assert [(f.process, f.kind) for f in found] == [(0, SLOW_COMPUTATION)] * (step == 4)
+            assert all(f.usual == 0.1 for f in found)
+    assert "process 2" not in caplog.text
+
+
+def test_a_service_that_does_not_answer_is_no_reason_to_end(caplog):
+    class Gone(Store):
+        def key_value_set(self, key, value, allow_overwrite=False):
+            raise jax.errors.JaxRuntimeError("UNAVAILABLE: connection refused\nand more")
+
+    monitor = StragglerMonitor(lambda: 0.1, process=1, processes=2, store=Gone())
+    assert monitor(1, 0.2) == []
+    with caplog.at_level("WARNING", logger="absl"):
+        assert monitor(2, 0.4) == []
+    assert "step 2: no times: UNAVAILABLE: connection refused" in caplog.text
+
+
 def test_a_step_alone_takes_what_it_computes():
     tx = optax.chain(jaxcomm.ef21(jaxcomm.top_k(k=2), "workers"), optax.sgd(0.1))
     loss_fn = lambda params, batch, key: jnp.mean((batch - params) ** 2)
