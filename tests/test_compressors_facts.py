@@ -14,7 +14,13 @@ from test_compressors import FAST_COMPILE, TABLE
 
 from jaxcomm import compressors as C
 from jaxcomm.compressors._dct import dct_basis
-from jaxcomm.compressors._select import largest, mask_words, positions_of
+from jaxcomm.compressors._select import (
+    PIECE,
+    largest,
+    largest_of_blocks,
+    mask_words,
+    positions_of,
+)
 from jaxcomm.compressors._threshold import spread
 from jaxcomm.compressors.base import Compressor
 from jaxcomm.compressors.sparse import kept
@@ -255,6 +261,24 @@ class TestSelection:
         x = self.example((40, 100))
         where = jax.jit(largest, static_argnums=1)(x, k)
         np.testing.assert_array_equal(np.sort(where, axis=1), self.expected(x, k))
+
+    @pytest.mark.parametrize("k", [1, 5])
+    def test_blocks_in_pieces(self, k):
+        """As all rows at once, with blocks that two pieces hold and elements after the last."""
+        n, b = 2 * PIECE // 64 + 7, 64
+        x = self.example((n * b + 5,))
+        x[-9:-3] = np.nan, np.inf, -np.inf, 9.0, 9.0, -9.0
+        where = jax.jit(largest_of_blocks, static_argnums=(1, 2))(x, b, k)
+        rows = x[: n * b].reshape(n, b)
+        np.testing.assert_array_equal(np.sort(where, axis=1), self.expected(rows, k))
+
+    def test_pieces_vary_over_mesh_axes(self):
+        mesh = jax.make_mesh((2,), ("w",), axis_types=(jax.sharding.AxisType.Auto,))
+        spec, size = jax.sharding.PartitionSpec("w"), 2 * PIECE + 100
+        c, x = C.block_top_k(0.01), gaussian(2 * size).reshape(2, size)
+        each = lambda x: c.roundtrip(x[0])[None]
+        mapped = jax.jit(jax.shard_map(each, mesh=mesh, in_specs=spec, out_specs=spec))(x)
+        np.testing.assert_array_equal(mapped, jax.jit(jax.vmap(c.roundtrip))(x))
 
     def test_selection_varies_over_mesh_axes(self):
         """Loop carries have the type of the data: check_vma passes, results are those of vmap."""

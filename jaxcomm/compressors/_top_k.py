@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcomm.compressors import packing
-from jaxcomm.compressors._select import largest
+from jaxcomm.compressors._select import largest, largest_of_blocks
 from jaxcomm.compressors.base import Payload
 from jaxcomm.compressors.sparse import Sparsifier, check_fraction_or_k, kept
 
@@ -60,14 +60,17 @@ class BlockTopK(Sparsifier):
     def select(self, x: jax.Array, key: jax.Array | None = None) -> tuple[jax.Array, Payload]:
         del key
         blocks, k, rest, last = self._layout(x.shape[0])
-        body, tail = jnp.split(x, [blocks * self.block_size])
-        body = body.reshape(blocks, self.block_size)
-        where = largest(body, k) if blocks else jnp.zeros((0, k), jnp.int32)
-        where_tail = largest(tail[None], last)[0] if rest else jnp.zeros((0,), jnp.int32)
-        values = jnp.take_along_axis(body, where, axis=1).reshape(-1)
-        places = jnp.concatenate([where.reshape(-1), where_tail])
-        indices = packing.pack(places, self._bits(x.shape[0]))
-        return jnp.concatenate([values, tail[where_tail]]), {"indices": indices}
+        whole, size = blocks * self.block_size, x.shape[0]
+        where = jnp.zeros((0, k), jnp.int32)
+        if blocks:
+            where = largest_of_blocks(x, self.block_size, k)
+        tail = jnp.zeros((0,), jnp.int32)
+        if rest:
+            tail = largest(x[None, whole:], last)[0]
+        starts = jnp.arange(blocks, dtype=jnp.int32)[:, None] * self.block_size
+        values = [x[(starts + where).reshape(-1)], x[whole + tail]]
+        places = jnp.concatenate([where.reshape(-1), tail])
+        return jnp.concatenate(values), {"indices": packing.pack(places, self._bits(size))}
 
     def positions(self, metadata: Payload, size: int) -> jax.Array:
         blocks, k, _, last = self._layout(size)
