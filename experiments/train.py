@@ -125,6 +125,7 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any]:
         )
         if run.interrupted:
             print(f"stopped at step {int(run.state.step)} by SIGTERM; the state is saved")
+            _leave(step, 128 + 15)
             sys.exit(128 + 15)
         _, (params, skipped) = step.together(
             lambda state: (step.consensus(state), int(state.skipped.sum())), run.state
@@ -147,7 +148,14 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any]:
             "config": config.to_dict(),
         }
         logger.summary(summary)
+    _leave(step, 0)
     return summary
+
+
+def _leave(step: Any, code: int) -> None:
+    """A process that has outlived another one cannot end like others."""
+    if getattr(step, "lost", ()):
+        step.leave(code)
 
 
 def with_workers(config: Config) -> Config:

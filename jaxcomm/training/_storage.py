@@ -7,6 +7,7 @@ ones read through the host. Typed keys are stored as their data; the key type is
 """
 
 import base64
+import functools
 import json
 import zlib
 from collections.abc import Iterator
@@ -188,14 +189,24 @@ def _is_remote(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
 
 
-def gathered(leaf: Any) -> Any:
-    """A leaf with all its rows on this process; all processes of its devices must call it."""
-    if not _is_remote(leaf):
-        return leaf
-    if not leaf.is_fully_replicated:
-        everywhere = NamedSharding(leaf.sharding.mesh, P())
-        leaf = jax.jit(lambda x: x, out_shardings=everywhere)(leaf)
-    return leaf.addressable_data(0)
+def gathered(tree: Any) -> Any:
+    """A tree with all rows of its leaves on this process, which are there when it returns.
+
+    All processes of its devices must call it.
+    """
+    leaves, treedef = jax.tree.flatten(tree)
+    split = [i for i, leaf in enumerate(leaves) if is_split(leaf)]
+    if split:
+        mesh = leaves[split[0]].sharding.mesh
+        for i, whole in zip(split, _replicate(mesh)([leaves[i] for i in split])):
+            leaves[i] = whole
+    leaves = [leaf.addressable_data(0) if _is_remote(leaf) else leaf for leaf in leaves]
+    return jax.tree.unflatten(treedef, jax.block_until_ready(leaves))
+
+
+@functools.cache
+def _replicate(mesh: Any) -> Any:
+    return jax.jit(lambda leaves: leaves, out_shardings=NamedSharding(mesh, P()))
 
 
 def from_this(value: Any) -> list[Any]:

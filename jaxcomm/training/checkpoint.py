@@ -14,11 +14,13 @@ import importlib.metadata
 import json
 import logging as std_logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+import orbax.checkpoint as orbax
 from absl import logging
 from orbax.checkpoint import v1 as ocp
 
@@ -97,20 +99,21 @@ class Checkpointer:
         self._files = CheckpointFiles(self._dir)
         self._config = None if config is None else json.loads(_storage.dumps(config))
         self._workers, self._keep, self._async = workers, keep, async_save
-        self._context, self._reading = ocp.Context(), ocp.Context()
-        alone = [self._context] * (writers != "all") + [self._reading] * (writers == "own")
-        for context in alone if jax.process_count() > 1 else ():
-            context.multiprocessing.primary_host = rank
-            context.multiprocessing.active_processes = {rank}
-            context.multiprocessing.barrier_sync_key_prefix = f"jaxcomm_{rank}"
+        self._quiet = _Quiet()
+        logging.get_absl_logger().addFilter(self._quiet)
+        self._context, self._alone = ocp.Context(), None
+        if writers != "all" and jax.process_count() > 1:
+            self._alone = _alone(rank)
+        if writers == "own" and jax.process_count() > 1:
+            self._context.multiprocessing.primary_host = rank
+            self._context.multiprocessing.active_processes = {rank}
+            self._context.multiprocessing.barrier_sync_key_prefix = f"jaxcomm_{rank}"
         # The shardings come from the abstract state; one replica of a replicated leaf is written.
         self._context.array.saving.enable_write_sharding_file = False
         self._context.array.saving.use_replica_parallel = False
         self._pool = concurrent.futures.ThreadPoolExecutor(1, "jaxcomm_checkpoint")
         self._pending: tuple[int, concurrent.futures.Future[None]] | None = None
         self._restored: int | None = None
-        self._quiet = _Quiet()
-        logging.get_absl_logger().addFilter(self._quiet)
 
     def save(
         self, step: int, state: Any, *, data_state: Any, extra: Any = None, force: bool = False
@@ -134,7 +137,7 @@ class Checkpointer:
         """
         self.wait()
         if self._writers == "first":
-            state = jax.tree.map(_storage.gathered, state)
+            state = _storage.gathered(state)
             if not self._main:
                 return True
         plan = self._plan(step, force) if self._main else None
@@ -158,10 +161,10 @@ class Checkpointer:
             "layout": _storage.layout(flat),
         }
         try:
-            response = self._start(self._dir / name, flat)
+            written = self._start(self._dir / name, flat)
         except Exception as error:
             raise CheckpointError(self._unwritten(step, error)) from error
-        self._pending = step, self._pool.submit(self._seal, self._dir / name, meta, response)
+        self._pending = step, self._pool.submit(self._seal, self._dir / name, meta, written)
         if not self._async:
             self.wait()
         return True
@@ -234,6 +237,8 @@ class Checkpointer:
             self.wait()
         finally:
             self._pool.shutdown()
+            if self._alone is not None:
+                self._alone.close()
             logging.get_absl_logger().removeFilter(self._quiet)
 
     def __enter__(self) -> Checkpointer:
@@ -242,15 +247,21 @@ class Checkpointer:
     def __exit__(self, *unused: object) -> None:
         self.close()
 
-    def _start(self, path: Path, flat: dict[str, Any]) -> ocp.AsyncResponse[None]:
-        """Copies the arrays to the host; Orbax writes them, and renames the directory, later."""
-        arrays = {key: _storage.pack(leaf) for key, leaf in flat.items() if _stored(leaf)}
-        with self._context:
-            return ocp.save_async(str(path), arrays or _NOTHING)
+    def _start(self, path: Path, flat: dict[str, Any]) -> Callable[[], Any]:
+        """Copies the arrays to the host; Orbax writes them, and renames the directory, later.
 
-    def _seal(self, path: Path, meta: dict[str, Any], response: ocp.AsyncResponse[None]) -> None:
+        Returns what waits for that.
+        """
+        arrays = {key: _storage.pack(leaf) for key, leaf in flat.items() if _stored(leaf)}
+        if self._alone is not None:
+            self._alone.save(str(path), args=orbax.args.PyTreeSave(arrays or _NOTHING))
+            return self._alone.wait_until_finished
+        with self._context:
+            return ocp.save_async(str(path), arrays or _NOTHING).result
+
+    def _seal(self, path: Path, meta: dict[str, Any], written: Callable[[], Any]) -> None:
         """In the background: waits for Orbax, then makes the directory a checkpoint."""
-        response.result()
+        written()
         if self._main:
             write_marker(path, meta)
             self._files.prune(self._keep)
@@ -287,7 +298,7 @@ class Checkpointer:
             raise CheckpointError(f"{where} {problem}")
         abstract = {key: _storage.abstract(leaf) for key, leaf in flat.items() if _stored(leaf)}
         try:
-            with self._reading:
+            with self._context:
                 values = ocp.load(str(path), abstract or _NOTHING)
         except Exception as error:
             raise CheckpointError(f"{where} could not be read: {_line(error)}") from error
@@ -330,6 +341,15 @@ class Checkpointer:
 
     def _unwritten(self, step: int, error: Exception) -> str:
         return f"checkpoint of step {step} could not be written to {self._dir}: {_line(error)}"
+
+
+def _alone(rank: int) -> orbax.AsyncCheckpointer:
+    """Writes without a word to other processes; Orbax's v1 API compares paths with all of them."""
+    options = orbax.options.MultiprocessingOptions(
+        primary_host=rank, active_processes={rank}, barrier_sync_key_prefix=f"jaxcomm_{rank}"
+    )
+    handler = orbax.PyTreeCheckpointHandler(multiprocessing_options=options)
+    return orbax.AsyncCheckpointer(handler, multiprocessing_options=options)
 
 
 def _count(state: Any, workers: int | None) -> int | None:

@@ -14,14 +14,19 @@ with the same rows and go on:
 
 All means are over the living from then on. Whatever else needs all processes (comparisons, the one
 tree to evaluate, what a checkpoint gathers) goes through `together`, which survives in the same
-way; checkpoints are written by process 0 alone (`Checkpointer(writers="first")`). Needs
+way. gloo has no way to abort, so that a process whose collective has failed hangs up the connections
+that were opened in it, or since the ElasticStep was made: its neighbours' collectives fail as well.
+Checkpoints are written by process 0 alone (`Checkpointer(writers="first")`). Needs
 `jax_enable_recoverability` before the job is joined (`prepare`). Process 0 hosts the coordination
 service: its death ends the job and is for a restart. No process can join later. One that is stuck
 but alive counts as dead once its heartbeats have stopped for HEARTBEAT_SECONDS.
 """
 
+import contextlib
+import os
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -31,6 +36,7 @@ from absl import logging
 from jax.experimental import multihost_utils
 
 from jaxcomm.training import _storage
+from jaxcomm.training._sockets import Connections
 from jaxcomm.training.placement import CHUNKS
 from jaxcomm.training.step import TrainState, TrainStep
 from jaxcomm.training.watchdog import Watchdog
@@ -84,6 +90,7 @@ class ElasticStep:
         self._live = list(devices)
         self._step = make(self._live)
         self._snapshot: Snapshot | None = None
+        self._connections = Connections()
         self._rows: list[Any] = []  # this process's, of the steps since the snapshot
 
     def __getattr__(self, name: str) -> Any:
@@ -122,7 +129,8 @@ class ElasticStep:
                     if len(living) < len(self._live):
                         begin = begin or time.monotonic()
                         state = self._rebuild(living)
-                    result = jax.block_until_ready(run(state))
+                    with self._calling():
+                        result = jax.block_until_ready(run(state))
             except multihost_utils.ProcessFailureError as error:
                 begin = begin or time.monotonic()
                 logging.warning("%s", str(error).splitlines()[0])
@@ -131,6 +139,27 @@ class ElasticStep:
                 self.recovery_seconds = time.monotonic() - begin
                 logging.warning("going on after %.1f s", self.recovery_seconds)
             return state, result
+
+    @contextlib.contextmanager
+    def _calling(self) -> Iterator[None]:
+        """A failed collective is failed for those, too, who wait for this process in it."""
+        with self._connections.watching():
+            try:
+                yield
+            except jax.errors.JaxRuntimeError:
+                self._connections.hang_up()
+                raise
+
+    def leave(self, code: int) -> None:
+        """Ends this process, after a loss: JAX's own end would wait for the dead, and fail."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        with contextlib.suppress(Exception):  # somebody may have died just now
+            with multihost_utils.live_devices(self._all):
+                pass
+            if jax.process_index() == 0:  # its service must outlive the others' last call
+                time.sleep(1.0)
+        os._exit(code)
 
     def _rebuild(self, living: list[Any]) -> TrainState:
         """The state after the last whole step, for those that are left."""
@@ -154,8 +183,9 @@ class ElasticStep:
         state, fresh = put_back(self._snapshot, self._step)
         if fresh:
             logging.warning("starting again from zero: %s", ", ".join(fresh))
-        for rows in self._rows:
-            state, _ = jax.block_until_ready(self._step(state, self._global(rows)))
+        with self._calling():
+            for rows in self._rows:
+                state, _ = jax.block_until_ready(self._step(state, self._global(rows)))
         return state
 
     def _global(self, rows):

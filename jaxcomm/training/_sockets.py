@@ -1,0 +1,53 @@
+"""The connections that were opened while somebody watched, so that they can be hung up.
+
+gloo has no way to abort: a process whose neighbour in a ring has left the collective waits for it,
+since the connection between the two still stands. Whoever leaves early must hang up.
+"""
+
+import contextlib
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+_FDS = Path("/proc/self/fd")  # elsewhere than on Linux nothing is seen, nor hung up
+
+
+class Connections:
+    """Sockets of this process that were opened inside `watching()`, or before its first end."""
+
+    def __init__(self):
+        self._seen: set[str] = set()
+        self._before: set[str] | None = set(_sockets())
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Remembers what is opened inside, by whatever thread."""
+        before = set(_sockets()) if self._before is None else self._before
+        try:
+            yield
+        finally:
+            self._seen |= set(_sockets()) - before
+            self._before = None
+
+    def hang_up(self) -> int:
+        """Ends those that are still open, for both sides; returns how many."""
+        ended = 0
+        for name, descriptor in _sockets().items():
+            if name in self._seen:
+                with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as end:
+                    end.shutdown(socket.SHUT_RDWR)
+                    ended += 1
+        self._seen.clear()
+        return ended
+
+
+def _sockets() -> dict[str, int]:
+    """Descriptors of the open sockets by name, such as 'socket:[4711]'."""
+    found = {}
+    for entry in os.listdir(_FDS) if _FDS.exists() else ():
+        with contextlib.suppress(OSError):  # it may be closed by now
+            name = os.readlink(_FDS / entry)
+            if name.startswith("socket:"):
+                found[name] = int(entry)
+    return found
