@@ -21,6 +21,7 @@ from jaxcomm.training.stragglers import (
     SLOW_COMMUNICATION,
     SLOW_COMPUTATION,
 )
+from tests import common
 
 SIZES = [2, 3, 4, 8, 64]
 SIGMA = 1e-4  # noise of a delay of 1 ms
@@ -194,6 +195,20 @@ def test_a_step_alone_takes_what_it_computes():
     seconds = step_alone(step, state, batch)
     assert 0 < seconds() < 1
     step(state, batch)  # still to be used
+
+
+def test_a_step_alone_with_an_empty_leaf_and_transfers_in_the_background():
+    rule = jaxcomm.streaming(jaxcomm.average(common.AXIS), 4, 1, delay=2)
+    step = jaxcomm.make_train_step(
+        common.loss_fn,
+        optax.adam(0.02),
+        axis_name=common.AXIS,
+        sync=rule,
+        background=True,
+        mesh=common.mesh(4),
+    )
+    state = step.init(common.tree(), jax.random.key(0))
+    assert 0 < step_alone(step, state, common.batch(0))() < 1
 
 
 @pytest.mark.slow
