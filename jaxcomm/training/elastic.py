@@ -14,8 +14,8 @@ with the same rows and go on:
 
 All means are over the living from then on. Whatever else needs all processes (comparisons, the one
 tree to evaluate, what a checkpoint gathers) goes through `together`, which survives in the same
-way. gloo has no way to abort, so that a process whose collective has failed hangs up the connections
-that were opened in it, or since the ElasticStep was made: its neighbours' collectives fail as well.
+way. gloo cannot abort: a process whose collective has failed hangs up the connections that were
+opened in it, or since the ElasticStep was made, so that its neighbours' collectives fail as well.
 Checkpoints are written by process 0 alone (`Checkpointer(writers="first")`). Needs
 `jax_enable_recoverability` before the job is joined (`prepare`). Process 0 hosts the coordination
 service: its death ends the job and is for a restart. No process can join later. One that is stuck

@@ -132,13 +132,14 @@ class PipelinedMean:
 
     def _exchange(self, plan: "_Plan", vector, key):
         """The mean of the flat vectors, with the padding of its rows."""
-        mean, gather_only = plan.zeros(), self.exchange == "gather"
+        gather_only = self.exchange == "gather"
         with ThreadPoolExecutor(1, "jaxcomm-wire") as wire:
             arriving = []
             for steps, at in plan.parts:
                 message = self._run(steps.encode, vector, key, *at)
                 hop = (steps.gather, _SHARED) if gather_only else (steps.send, _OWN)
                 arriving.append(wire.submit(self._transfer, message, *hop))
+            mean = plan.zeros()  # takes as long as a bucket: not before the first one travels
             for i, (steps, at) in enumerate(() if gather_only else plan.parts):
                 message = self._run(steps.average, arriving[i].result(), key, *at)
                 arriving[i] = wire.submit(self._transfer, message, steps.gather, _SHARED)
