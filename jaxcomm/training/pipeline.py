@@ -9,9 +9,10 @@ dispatched by two threads: one for the collectives, one for everything else.
     two_phase   computing  encode 0 | encode 1 | ... | average 0  | average 1 | ... | decode 0 | ...
                 wire                | send 0   | send 1 | ...     | gather 0  | gather 1 | ...
 
-With B buckets of codec time c and transfer time t in all, the mean takes max(c, t) and about
-min(c, t) / B instead of c + t. Collectives run one at a time and in one order on every host: two
-programs in flight on one gloo connection would read each other's bytes.
+With B buckets, codec time c and transfer time t of all of them, the mean takes max(c, t) and about
+min(c, t) / B instead of c + t. Both threads wait for each program before the next: XLA has as many
+threads as the machine has cores, and a queue of coding would keep the transfers waiting; and two
+collectives at once on one gloo connection would read each other's bytes.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -47,7 +48,11 @@ class PipelinedMean:
     For what is averaged between two steps: parameters of local training, pseudo-gradients,
     accumulated gradients. The values are those of
     `exchange_mean(x, compressor, axis_name, key, exchange, bucket_bytes=mean.bucket_bytes(d))`.
-    All workers' processes call it at the same time, and no other collective of theirs meanwhile.
+    All processes call it together, with no other collective of theirs in flight. On CPU, where
+    vectors of more than 32 MB are concerned, start Python with the environment variable
+    GLIBC_TUNABLES=glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=8589934592: the C library
+    otherwise gives such a result back to the kernel each time, and the page faults of the next
+    one can take longer than the codec.
 
     Args:
       compressor: the codec; it sees one bucket at a time (scales by it, keeps its share of it).
@@ -148,7 +153,7 @@ class PipelinedMean:
         return mean
 
     def _run(self, program, *args):
-        return self._workers.settle(program(*args))
+        return jax.block_until_ready(program(*args))
 
     def _transfer(self, message, hop, place: Place):
         """A collective, from computing devices to computing devices; done when it returns."""
