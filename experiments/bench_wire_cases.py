@@ -13,7 +13,13 @@ from jaxcomm.compressors import Compressor
 
 SENT_BYTES = 1.25e6  # at least, in an exchange of the comparison with the counter
 ELEMENTS = 10_000_000  # of the timed exchanges
-TIMED = (("identity", "dense"), ("sign l1", "two_phase"), ("block_top_k 1%", "gather"))
+TIMED = (
+    ("identity", "dense"),
+    *(("sign l1", "two_phase"), ("sign l1", "pipelined two_phase")),
+    *(("block_top_k 1%", "gather"), ("block_top_k 1%", "pipelined gather")),
+)
+PIPELINED = "pipelined "  # before an exchange by jaxcomm.PipelinedMean, in so many buckets:
+BUCKETS = 8
 EXCHANGES = ("gather", "two_phase", "ring", "hierarchical")
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from experiments.bench_wire_cases import Case, timed_cases
+from experiments.bench_wire_cases import BUCKETS, Case, timed_cases
 from experiments.netns import parse_rate
 
 CASE = tuple(field.name for field in dataclasses.fields(Case))
@@ -78,7 +78,9 @@ def _times_table(rows: list[dict]) -> list[str]:
         "collectives, run by all hosts at the same time (they share this machine's cores).",
         f"The goal is at most {SLOWEST} times the larger of the two. A token bucket lets the first",
         "0.02 s of bytes after a pause (250 kB at most) pass at once. XLA on CPU runs collectives",
-        "and computation of one program one after the other, so that their sum is what to expect.",
+        "and computation of one program one after the other, so that their sum is what to expect;",
+        f"`pipelined` is jaxcomm.PipelinedMean with {BUCKETS} buckets. The hosts keep the memory",
+        "of freed arrays (GLIBC_TUNABLES, see `jaxcomm.PipelinedMean`).",
         "`load` is how many processes of this machine wanted its cores in the minute before.",
         "",
         "| compressor | exchange | hosts | rate | elements | bytes | bytes / rate | codec "

@@ -23,12 +23,20 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from experiments.bench_wire_cases import Case, compressors, single, sizes_of
+from experiments.bench_wire_cases import (
+    BUCKETS,
+    PIPELINED,
+    Case,
+    compressors,
+    single,
+    sizes_of,
+)
 from experiments.rows import append_row
 from jaxcomm.collectives import exchange_bytes, exchange_mean
 from jaxcomm.traffic.alone import without_communication
 from jaxcomm.traffic.count import count
 from jaxcomm.training.distributed import initialize
+from jaxcomm.training.pipeline import PipelinedMean
 from jaxcomm.transforms.common import message_key, zero_count
 
 LOOPBACK = "/sys/class/net/lo/statistics/tx_bytes"
@@ -56,7 +64,10 @@ class Row:
 
 
 def program(case: Case) -> tuple[Callable, Mesh, dict[str, int]]:
-    """The exchange as a function of the global array (n d,), on a mesh of all devices."""
+    """The exchange as a function of the global array (n d,), on a mesh of all devices.
+
+    Of a pipelined one: the same exchange as one program.
+    """
     axes = sizes_of(case.exchange, jax.device_count())
     kind = (AxisType.Auto,) * len(axes)
     mesh = jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=kind)
@@ -65,10 +76,18 @@ def program(case: Case) -> tuple[Callable, Mesh, dict[str, int]]:
     def mean(x):
         name = single(axes)
         key = message_key(0, zero_count(), name, codec)
-        way = {"exchange": case.exchange, "bucket_bytes": case.bucket_bytes}
+        exchange = case.exchange.removeprefix(PIPELINED)
+        way = {"exchange": exchange, "bucket_bytes": case.bucket_bytes}
         return exchange_mean(x, codec, name, key, **way).mean
 
     return jax.shard_map(mean, mesh=mesh, in_specs=P(tuple(axes)), out_specs=P()), mesh, axes
+
+
+def pipelined(case: Case, mesh: Mesh) -> PipelinedMean:
+    """The exchange whose buckets travel while others are coded."""
+    codec, exchange = compressors()[case.compressor], case.exchange.removeprefix(PIPELINED)
+    name = single(mesh.axis_names)
+    return PipelinedMean(codec, name, exchange=exchange, buckets=BUCKETS, mesh=mesh)
 
 
 def measure(case: Case, rate: str) -> Row:
@@ -78,15 +97,21 @@ def measure(case: Case, rate: str) -> Row:
     spread = NamedSharding(mesh, P(tuple(axes)))
     local = np.random.default_rng(jax.process_index()).standard_normal(case.elements, np.float32)
     x = jax.make_array_from_process_local_data(spread, local)
-    run = jax.jit(fn)
     alone = jax.jit(without_communication(jax.make_jaxpr(fn)(x), axes))
     mine = jax.device_put(local, jax.local_devices()[0])
-    for call, argument in ((run, x), (alone, mine)):
-        jax.block_until_ready(call(argument))
+    exchange, bucket_bytes = case.exchange, case.bucket_bytes
+    run, argument = jax.jit(fn), x
+    if exchange.startswith(PIPELINED):
+        run = pipelined(case, mesh)
+        argument = jax.make_array_from_process_local_data(spread, local[None])
+        exchange, bucket_bytes = run.exchange, run.bucket_bytes(case.elements)
+        fn = program(dataclasses.replace(case, bucket_bytes=bucket_bytes))[0]  # to be counted
+    for _ in range(2):
+        jax.block_until_ready((run(argument), alone(mine)))
     load = os.getloadavg()[0]
     _meet()
     before = _counters()
-    pairs = [(_seconds(run, x), _seconds(alone, mine)) for _ in range(REPEATS)]
+    pairs = [(_seconds(run, argument), _seconds(alone, mine)) for _ in range(REPEATS)]
     _meet()
     after = _counters()
     sent = [b - a for a, b in zip(before, after)]
@@ -100,7 +125,7 @@ def measure(case: Case, rate: str) -> Row:
         rate=rate,
         payload_bytes=codec.payload_bytes(case.elements),
         formula_bytes=exchange_bytes(
-            case.exchange, codec, case.elements, single(axes.values()), case.bucket_bytes
+            exchange, codec, case.elements, single(axes.values()), bucket_bytes
         ),
         counted_bytes=sum(c.sent_bytes for c in count(fn, x, axis_sizes=axes)),
         counter_bytes=float(counters[0]),

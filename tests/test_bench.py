@@ -117,8 +117,8 @@ def test_only_what_is_asked_for():
     assert {c.compressor for c in jobs[0].cases} == {"sign l1", "sign l1 block 1024"}
     jobs = bench_wire.jobs([4], "1gbit")
     assert [(j.hosts, j.rate, len(j.cases)) for j in jobs[1:]] == [
-        (4, "100mbit", 3),
-        (4, "1gbit", 3),
+        (4, "100mbit", 5),
+        (4, "1gbit", 5),
     ]
 
 

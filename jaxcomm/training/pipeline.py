@@ -4,10 +4,10 @@ XLA on CPU runs the collectives and the computation of one program one after the
 compressed mean takes codec plus transfer. Here each step of each bucket is a program of its own,
 dispatched by two threads: one for the collectives, one for everything else.
 
-    gather      computing  encode 0 | encode 1 | ...            | decode 0 | decode 1 | ...
-                wire                | gather 0 | gather 1 | ...
-    two_phase   computing  encode 0 | encode 1 | ... | average 0  | average 1 | ... | decode 0 | ...
-                wire                | send 0   | send 1 | ...     | gather 0  | gather 1 | ...
+    gather      computing  encode 2, decode 0  | encode 3, decode 1  | ...
+                wire       gather 0 | gather 1 | gather 2 | ...
+    two_phase   computing  encode 2, average 0 | encode 3, average 1 | ... (decode 0 comes 2 later)
+                wire       send 0   | send 1   | send 2 | gather 0   | send 3 | gather 1 | ...
 
 With B buckets, codec time c and transfer time t of all of them, the mean takes max(c, t) and about
 min(c, t) / B instead of c + t. Both threads wait for each program before the next: XLA has as many
@@ -15,7 +15,7 @@ threads as the machine has cores, and a queue of coding would keep the transfers
 collectives at once on one gloo connection would read each other's bytes.
 """
 
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +38,7 @@ from jaxcomm.transforms.common import check_compressor
 
 EXCHANGES = ("two_phase", "gather")
 ALIGNED = 1024  # elements: the usual block; buckets are whole blocks where they are large enough
+AHEAD = 2  # buckets from one stage of a bucket to its next
 
 _OWN, _SHARED = Place.PER_WORKER, Place.REPLICATED
 
@@ -136,21 +137,31 @@ class PipelinedMean:
         return exchange_bytes(self.exchange, self.compressor, size, n, self.bucket_bytes(size))
 
     def _exchange(self, plan: "_Plan", vector, key):
-        """The mean of the flat vectors, with the padding of its rows."""
-        gather_only = self.exchange == "gather"
+        """The mean of the flat vectors, with the padding of its rows.
+
+        A bucket is coded when the one three before it has arrived: hosts that are ahead leave the
+        cores that they may share, and the memory, to what is due first.
+        """
+        mean, found = None, [vector] * len(plan.parts)
+        hops = ("gather",) if self.exchange == "gather" else ("send", "gather")
         with ThreadPoolExecutor(1, "jaxcomm-wire") as wire:
-            arriving = []
-            for steps, at in plan.parts:
-                message = self._run(steps.encode, vector, key, *at)
-                hop = (steps.gather, _SHARED) if gather_only else (steps.send, _OWN)
-                arriving.append(wire.submit(self._transfer, message, *hop))
-            mean = plan.zeros()  # takes as long as a bucket: not before the first one travels
-            for i, (steps, at) in enumerate(() if gather_only else plan.parts):
-                message = self._run(steps.average, arriving[i].result(), key, *at)
-                arriving[i] = wire.submit(self._transfer, message, steps.gather, _SHARED)
-            for (steps, (start, _)), messages in zip(plan.parts, arriving):
-                mean = self._run(steps.decode, mean, messages.result(), start)
-        return mean
+            for tick in range(len(plan.parts) + AHEAD * len(hops)):
+                for stage in range(len(hops) + 1):
+                    i = tick - AHEAD * stage
+                    if not 0 <= i < len(plan.parts):
+                        continue
+                    (steps, at), got = plan.parts[i], found[i]
+                    got = got.result() if isinstance(got, Future) else got
+                    if stage == len(hops):
+                        mean = plan.zeros() if mean is None else mean
+                        mean = self._run(steps.decode, mean, got, at[0])
+                        continue
+                    code = steps.average if stage else steps.encode
+                    message = self._run(code, got, key, *at)
+                    place = _SHARED if hops[stage] == "gather" else _OWN
+                    hop = getattr(steps, hops[stage])
+                    found[i] = wire.submit(self._transfer, message, hop, place)
+        return plan.zeros() if mean is None else mean
 
     def _run(self, program, *args):
         return jax.block_until_ready(program(*args))
