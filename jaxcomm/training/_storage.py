@@ -61,8 +61,14 @@ def abstract(leaf: Any) -> Any:
     """How Orbax shall read what was stored for a leaf: by shard, or whole into host memory."""
     spec, sharding = data_spec(leaf), getattr(leaf, "sharding", None)
     if sharding is None or sharding.is_fully_replicated:
-        return np.empty(spec.shape, spec.dtype)
+        return on_host(leaf)
     return jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=sharding)
+
+
+def on_host(leaf: Any) -> np.ndarray:
+    """How Orbax shall read it whole into host memory."""
+    spec = data_spec(leaf)
+    return np.empty(spec.shape, spec.dtype)
 
 
 def unpack(value: Any, leaf: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: the one module that knows Orbax.
+"""Checkpoints of a training run: the one module that knows Orbax (and Flax's serialization).
 
 A checkpoint is a directory ``DIRECTORY/<step>`` in which Orbax (v1 API) stores every array of the
 state, per-worker leaves by shard, and in which ``jaxcomm.json`` is written last: data position,
@@ -10,6 +10,7 @@ a damaged file is found before anything of it is used.
 from __future__ import annotations
 
 import concurrent.futures
+import functools
 import importlib.metadata
 import json
 import logging as std_logging
@@ -22,6 +23,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as orbax
 from absl import logging
+from flax import serialization
 from orbax.checkpoint import v1 as ocp
 
 from jaxcomm.training import _storage
@@ -29,6 +31,7 @@ from jaxcomm.training._checkpoint_files import CheckpointFiles, read_marker, wri
 from jaxcomm.training.resize import layout_of, resized, with_workers
 
 _FORMAT = 1
+OWN_FILE = "state.msgpack"
 WRITERS = ("all", "first", "own")
 
 
@@ -102,12 +105,12 @@ class Checkpointer:
         self._quiet = _Quiet()
         logging.get_absl_logger().addFilter(self._quiet)
         self._context, self._alone = ocp.Context(), None
-        if writers != "all" and jax.process_count() > 1:
-            self._alone = _alone(rank)
-        if writers == "own" and jax.process_count() > 1:
-            self._context.multiprocessing.primary_host = rank
-            self._context.multiprocessing.active_processes = {rank}
-            self._context.multiprocessing.barrier_sync_key_prefix = f"jaxcomm_{rank}"
+        if writers == "first" and jax.process_count() > 1:
+            options = {"primary_host": rank, "active_processes": {rank}}
+            options["barrier_sync_key_prefix"] = f"jaxcomm_{rank}"
+            self._alone = _alone(orbax.options.MultiprocessingOptions(**options))
+            for name, value in options.items():  # everybody reads all of it, and waits for nobody
+                setattr(self._context.multiprocessing, name, value)
         # The shardings come from the abstract state; one replica of a replicated leaf is written.
         self._context.array.saving.enable_write_sharding_file = False
         self._context.array.saving.use_replica_parallel = False
@@ -253,9 +256,12 @@ class Checkpointer:
         Returns what waits for that.
         """
         arrays = {key: _storage.pack(leaf) for key, leaf in flat.items() if _stored(leaf)}
+        copies = {key: np.array(x) for key, x in arrays.items() if self._writers != "all"}
+        if self._writers == "own":
+            return functools.partial(_write, path, copies)
         if self._alone is not None:
-            self._alone.save(str(path), args=orbax.args.PyTreeSave(arrays or _NOTHING))
-            return self._alone.wait_until_finished
+            saved = orbax.args.PyTreeSave(copies or _NOTHING)
+            return functools.partial(self._alone.save, str(path), args=saved)
         with self._context:
             return ocp.save_async(str(path), arrays or _NOTHING).result
 
@@ -296,10 +302,14 @@ class Checkpointer:
         flat = _storage.flatten(written)
         if problem := self._mismatch(meta, flat, resize):
             raise CheckpointError(f"{where} {problem}")
-        abstract = {key: _storage.abstract(leaf) for key, leaf in flat.items() if _stored(leaf)}
+        how = _storage.abstract if self._writers == "all" else _storage.on_host
+        abstract = {key: how(leaf) for key, leaf in flat.items() if _stored(leaf)}
         try:
-            with self._context:
-                values = ocp.load(str(path), abstract or _NOTHING)
+            if self._writers == "own":
+                values = serialization.msgpack_restore((path / OWN_FILE).read_bytes())
+            else:
+                with self._context:
+                    values = ocp.load(str(path), abstract or _NOTHING)
         except Exception as error:
             raise CheckpointError(f"{where} could not be read: {_line(error)}") from error
         if written is not state_like:
@@ -343,13 +353,20 @@ class Checkpointer:
         return f"checkpoint of step {step} could not be written to {self._dir}: {_line(error)}"
 
 
-def _alone(rank: int) -> orbax.AsyncCheckpointer:
+def _alone(options: orbax.options.MultiprocessingOptions) -> orbax.Checkpointer:
     """Writes without a word to other processes; Orbax's v1 API compares paths with all of them."""
-    options = orbax.options.MultiprocessingOptions(
-        primary_host=rank, active_processes={rank}, barrier_sync_key_prefix=f"jaxcomm_{rank}"
-    )
     handler = orbax.PyTreeCheckpointHandler(multiprocessing_options=options)
-    return orbax.AsyncCheckpointer(handler, multiprocessing_options=options)
+    return orbax.Checkpointer(handler, multiprocessing_options=options)
+
+
+def _write(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """What one process has, as Flax writes it.
+
+    Orbax counts its operations to name its barriers: one that not all processes take part in would
+    leave them waiting for each other at the next.
+    """
+    path.mkdir()
+    (path / OWN_FILE).write_bytes(serialization.msgpack_serialize(arrays))
 
 
 def _count(state: Any, workers: int | None) -> int | None:

@@ -1,0 +1,125 @@
+"""Checkpoints on every host's own disk, in two real processes: whose rows, which step, what if."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxcomm.training.checkpoint import Checkpointer, CheckpointError
+from jaxcomm.training.local_checkpoint import LocalCheckpointer
+
+ROOT = Path(__file__).resolve().parent.parent
+
+TWO = """
+import shutil, sys, jax, numpy as np
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 2)
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+rank, address, directory = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+jax.distributed.initialize(address, 2, rank)
+import jax.numpy as jnp
+from pathlib import Path
+from jax.experimental.multihost_utils import sync_global_devices
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from jaxcomm.training.checkpoint import Checkpointer, CheckpointError
+from jaxcomm.training.local_checkpoint import LocalCheckpointer
+mesh = jax.make_mesh((4,), ("workers",), axis_types=(AxisType.Auto,))
+def make(values, spec):
+    return jax.make_array_from_callback(
+        values.shape, NamedSharding(mesh, spec), lambda index: values[index])
+rows = np.random.default_rng(0).normal(size=(4, 100)).astype(np.float32)
+data = np.asarray(jax.random.key_data(jax.random.split(jax.random.key(0), 4)))
+def state(scale):
+    return {"sharded": make(rows * scale, P("workers")), "replicated": make(rows * scale, P()),
+            "keys": jax.random.wrap_key_data(make(data * scale, P("workers"))),
+            "key": jax.random.wrap_key_data(make(data[0] * scale, P())),
+            "local": jnp.float32(scale)}
+def check(restored, scale):
+    for a, b in zip(jax.tree.leaves(restored), jax.tree.leaves(state(scale))):
+        assert (a.dtype, a.shape, a.sharding) == (b.dtype, b.shape, b.sharding)
+        if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+            a, b = jax.random.key_data(a), jax.random.key_data(b)
+        for x, y in zip(a.addressable_shards, b.addressable_shards):
+            assert np.asarray(x.data).tobytes() == np.asarray(y.data).tobytes()
+local = Path(directory) / f"disk-{rank}"  # of this host alone
+def meet(name):
+    sync_global_devices(name)
+with LocalCheckpointer(local, None, keep=3) as only:
+    assert only.latest() is None
+    for step in (1, 2, 3):
+        only.save(step, state(step), data_state=[rank, step], extra={"a": step})
+    only.wait(); meet("saved")
+    assert only.latest() == 3
+    restored, position, extra = only.restore(state(0))
+    check(restored, 3)
+    assert (position, extra) == ([rank, 3], {"a": 3})
+    if rank == 1:  # another host is as far as this one
+        shutil.rmtree(local / "process-1" / "3")
+    meet("one is behind")
+    assert only.latest() == 2
+    check(only.restore(state(0))[0], 2)
+    if rank == 0:  # damage there counts here as well
+        big = local / "process-0" / "2" / "state.msgpack"
+        big.write_bytes(b"0" * big.stat().st_size)
+    meet("damaged")
+    check(only.restore(state(0))[0], 1)
+shared = Checkpointer(Path(directory) / "shared", workers=4)
+with LocalCheckpointer(local, shared, workers=4) as both:
+    both.save(4, state(4), data_state=[rank, 4])
+    both.wait(); meet("both")
+    if rank == 1:  # a new machine in its place
+        shutil.rmtree(local / "process-1")
+        (local / "process-1").mkdir()
+    meet("replaced")
+    restored, position, _ = both.restore(state(0))
+    check(restored, 4)
+    assert position == [rank, 4]
+with Checkpointer(Path(directory) / "first", workers=4, writers="first") as first:
+    for step in (1, 2):
+        first.save(step, state(step), data_state=[0, step])
+    first.wait(); meet("first")
+    restored, position, _ = first.restore(state(0))
+    check(restored, 2)
+    assert position == [0, 2]
+print("good", rank)
+"""
+
+
+def test_two_hosts_with_disks_of_their_own(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        address = f"localhost:{probe.getsockname()[1]}"
+    command = lambda rank: [sys.executable, "-c", TWO, str(rank), address, str(tmp_path)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    both = [subprocess.Popen(command(rank), cwd=ROOT, env=os.environ, **pipes) for rank in (0, 1)]
+    try:
+        said = [process.communicate(timeout=120)[0] for process in both]
+    finally:
+        for process in both:
+            process.kill()
+    assert [process.returncode for process in both] == [0, 0], "\n".join(said)
+
+
+def test_one_process(tmp_path):
+    state = {"w": jnp.arange(3.0), "n": np.int32(4)}
+    like = {"w": jnp.zeros(3), "n": np.int32(0)}
+    with LocalCheckpointer(tmp_path / "own", Checkpointer(tmp_path / "shared")) as checkpointer:
+        with pytest.raises(CheckpointError, match="there is no checkpoint"):
+            checkpointer.restore(like)
+        checkpointer.save(5, state, data_state={"index": 7})
+        checkpointer.wait()
+        restored, position, extra = checkpointer.restore(like)
+    assert (restored["w"].tolist(), int(restored["n"])) == ([0.0, 1.0, 2.0], 4)
+    assert (position, extra) == ({"index": 7}, None)
+    for path in ("own/process-0/5", "shared/5"):
+        assert (tmp_path / path / "jaxcomm.json").exists()
+
+
+def test_unknown_writers_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="writers must be one of all, first, own, got 'everybody'"):
+        Checkpointer(tmp_path, writers="everybody")
