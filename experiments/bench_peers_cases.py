@@ -43,6 +43,7 @@ class Method:
       rounds: steps in which all kinds of a local method's steps occur; 0 where workers meet in
         every step.
       key: belongs to the quick comparison.
+      rate: times the learning rate of the others.
     """
 
     name: str
@@ -52,20 +53,23 @@ class Method:
     hook: str = ""
     rounds: int = 0
     key: bool = True
+    rate: float = 1.0
 
 
 def _compressed(name: str, transform: str, key: bool = True) -> Method:
     return Method(name, "jaxcomm", f"optax.chain({transform}, optax.adamw(learning_rate))", key=key)
 
 
-def _local(name: str, sync: str, rounds: int) -> Method:
-    return Method(name, "jaxcomm", "optax.adamw(learning_rate)", sync, rounds=rounds)
+def _local(name: str, sync: str, rounds: int, rate: float = 1.0) -> Method:
+    return Method(name, "jaxcomm", "optax.adamw(learning_rate)", sync, rounds=rounds, rate=rate)
 
 
 _EF = "error_feedback({}, axis_name{})"
 _TWO_BITS = "compose(block_top_k(0.005), quantize(4))"
 _FOUR_BITS = "factors=quantize(4), exchange='two_phase'"
 _QSR = "qsr(learning_rate, alpha=0.012, h_base=8, warmup_steps=warmup_steps)"
+
+_SHORT = "periodic(outer=error_feedback(quantize(2), axis_name, exchange='two_phase'), every=3, "
 
 METHODS = (  # in turn: neither library has the quieter half of the day
     Method(DENSE, "torch", hook="float32"),
@@ -83,6 +87,7 @@ METHODS = (  # in turn: neither library has the quieter half of the day
     Method("DDP post-local SGD", "torch", hook="post_local", rounds=PERIOD + 1),
     _local("jaxcomm QSR", f"local_sgd(axis_name, {_QSR}, total_steps=steps)", 40),
     _local("jaxcomm DiLoCo", f"diloco(axis_name, {PERIOD}, total_steps=steps)", PERIOD + 1),
+    _local("jaxcomm local, 2 bits, every 3", f"{_SHORT}total_steps=steps)", 9, rate=2.0),
     _local(
         "jaxcomm streaming fp4",
         f"streaming_diloco(axis_name, {PERIOD}, 4, total_steps=steps)",

@@ -41,9 +41,10 @@ def restore(arrays: Arrays, like):
 
 def make_step(method: Method, config: Config, task: Task, **where) -> TrainStep:
     """The train step of a method of jaxcomm, on all devices of the job or where it is said."""
+    rate = learning_rate(config)
     scope = {
         "axis_name": AXIS,
-        "learning_rate": learning_rate(config),
+        "learning_rate": lambda step: method.rate * rate(step),
         "steps": config.steps,
         "warmup_steps": config.learning_rate.warmup_steps,
     }
