@@ -18,29 +18,20 @@ collectives at once on one gloo connection would read each other's bytes.
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.sharding import AxisType, Mesh
 
-from jaxcomm.collectives import axis, primitives
 from jaxcomm.collectives.axis import AxisName
-from jaxcomm.collectives.cost import bucket_rows, buckets, exchange_bytes
-from jaxcomm.collectives.flatten import flatten
-from jaxcomm.collectives.means import (
-    chunk_size,
-    decode_chunks,
-    encode_chunk,
-)
-from jaxcomm.compressors.base import Compressor, Payload
+from jaxcomm.collectives.cost import exchange_bytes
+from jaxcomm.collectives.means import chunk_size
+from jaxcomm.compressors.base import Compressor
+from jaxcomm.training._pipeline_programs import OWN, SHARED, Plan, Setting
 from jaxcomm.training.workers import Place, Workers
 from jaxcomm.transforms.common import check_compressor
 
 EXCHANGES = ("two_phase", "gather")
 ALIGNED = 1024  # elements: the usual block; buckets are whole blocks where they are large enough
 AHEAD = 2  # buckets from one stage of a bucket to its next
-
-_OWN, _SHARED = Place.PER_WORKER, Place.REPLICATED
 
 
 class PipelinedMean:
@@ -100,8 +91,9 @@ class PipelinedMean:
         self._workers = Workers(axis_name, mesh)
         self._wire = Workers(axis_name, _wire_mesh(self._workers, wire))
         self._twins = _twins(self._workers, self._wire)
-        self._rows = bucket_rows(exchange, self._workers.count)
-        self._plans: dict[tuple, _Plan] = {}
+        self._setting = Setting(compressor, exchange, self._workers, self._wire)
+        self._rows = self._setting.rows
+        self._plans: dict[tuple, Plan] = {}
 
     def __call__(self, tree, key: jax.Array | None = None):
         """The mean; returns when the last bucket has arrived.
@@ -122,7 +114,8 @@ class PipelinedMean:
         kind = (treedef, *((leaf.shape, leaf.dtype) for leaf in leaves))
         if kind not in self._plans:
             self._check(tree)
-            self._plans[kind] = _Plan(self, tree)
+            size = sum(leaf.size for leaf in leaves) // self._workers.count
+            self._plans[kind] = Plan(self._setting, self.bucket_bytes(size), tree)
         plan = self._plans[kind]
         return plan.split(self._exchange(plan, plan.join(tree), key))
 
@@ -137,7 +130,7 @@ class PipelinedMean:
         n = self._workers.count
         return exchange_bytes(self.exchange, self.compressor, size, n, self.bucket_bytes(size))
 
-    def _exchange(self, plan: "_Plan", vector, key):
+    def _exchange(self, plan: Plan, vector, key):
         """The mean of the flat vectors, with the padding of its rows.
 
         A bucket is coded when the one three before it has arrived: hosts that are ahead leave the
@@ -159,7 +152,7 @@ class PipelinedMean:
                         continue
                     code = steps.average if stage else steps.encode
                     message = self._run(code, got, key, *at)
-                    place = _SHARED if hops[stage] == "gather" else _OWN
+                    place = SHARED if hops[stage] == "gather" else OWN
                     hop = getattr(steps, hops[stage])
                     found[i] = wire.submit(self._transfer, message, hop, place)
         return plan.zeros() if mean is None else mean
@@ -169,7 +162,7 @@ class PipelinedMean:
 
     def _transfer(self, message, hop, place: Place):
         """A collective, from computing devices to computing devices; done when it returns."""
-        received = jax.block_until_ready(hop(self._move(message, self._wire, _OWN)))
+        received = jax.block_until_ready(hop(self._move(message, self._wire, OWN)))
         return self._move(received, self._workers, place)
 
     def _move(self, x: jax.Array, workers: Workers, place: Place) -> jax.Array:
@@ -188,121 +181,6 @@ class PipelinedMean:
                     f"PipelinedMean: axis 0 of every leaf is the {n} workers', got the shape "
                     f"{leaf.shape} at {name!r}"
                 )
-
-
-class _Plan:
-    """What it takes to average trees of one structure: cut, step by step, put together."""
-
-    def __init__(self, mean: PipelinedMean, tree):
-        workers, rows = mean._workers, mean._rows
-        leaves = jax.tree.leaves(tree)
-        size = sum(leaf.size for leaf in leaves) // workers.count
-        length = chunk_size(size, rows)
-        parts = buckets(mean.exchange, size, workers.count, mean.bucket_bytes(size))
-        kinds = {(part.width, part.size) for part in parts}
-        steps = {kind: _Steps(mean, length, *kind) for kind in kinds}
-        number = lambda i: np.int32(i) if len(parts) > 1 else None  # one: the message's own key
-        self.parts = [
-            (steps[part.width, part.size], (np.int32(part.start), number(i)))
-            for i, part in enumerate(parts)
-        ]
-        self.zeros = workers.jit(lambda: jnp.zeros(rows * length), (), _SHARED)
-        plain = len(leaves) == 1 and leaves[0].dtype == jnp.float32 and size == rows * length
-
-        def join(tree):
-            return jnp.pad(flatten(tree)[0], (0, rows * length - size))
-
-        def split(vector):
-            like = jax.tree.map(lambda x: jnp.zeros(x.shape[1:], x.dtype), kind)
-            return flatten(like)[1](vector[:size])
-
-        kind = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
-        self.join = (
-            (lambda tree: jax.tree.leaves(tree)[0]) if plain else workers.jit(join, (_OWN,), _OWN)
-        )
-        self.split = workers.jit(split, (_SHARED,), _SHARED, donate=plain)
-
-
-class _Steps:
-    """The programs of all buckets of one shape."""
-
-    def __init__(self, mean: PipelinedMean, length: int, width: int, size: int):
-        codec, rows, name = mean.compressor, mean._rows, mean._workers.axis_name
-        one, shapes = mean.exchange == "gather", codec.payload_shapes(width)
-
-        def own(key, number):
-            """This worker's key of this bucket."""
-            if key is None:
-                return None
-            key = key if codec.shared_key else jax.random.fold_in(key, axis.index(name))
-            return key if number is None else jax.random.fold_in(key, number)
-
-        def encode(vector, key, start, number):
-            grid = vector.reshape(rows, length)
-            part = lax.dynamic_slice(grid, (jnp.zeros_like(start), start), (rows, width))
-            if one:
-                return _message(codec.encode(part[0], own(key, number)))
-            return _message(codec.encode_chunks(part, own(key, number), size=size))
-
-        def send(message):
-            return primitives.all_to_all(message, name, "message")
-
-        def average(received, key, start, number):
-            key = own(key, number)
-            key = None if key is None else jax.random.fold_in(key, 1)
-            total = codec.decode_sum(_payload(received, shapes), width) / rows
-            return _message(encode_chunk(codec, total, key, axis.index(name) * width, size)[1])
-
-        def gather(message):
-            return primitives.all_gather(message, name, "message")
-
-        def decode(vector, messages, start):
-            payloads = _payload(messages, shapes)
-            if one:
-                part = codec.decode_sum(payloads, width)[None] / axis.size(name)
-            else:
-                part = decode_chunks(codec, payloads, width)
-            grid = vector.reshape(rows, length)
-            grid = lax.dynamic_update_slice(grid, part, (jnp.zeros_like(start), start))
-            return grid.reshape(-1)
-
-        here, there = mean._workers.jit, mean._wire.jit
-        at = (_SHARED,) * 3
-        self.encode = here(encode, (_OWN, *at), _OWN)
-        self.send = there(send, (_OWN,), _OWN)
-        self.average = here(average, (_OWN, *at), _OWN)
-        self.gather = there(gather, (_OWN,), _SHARED)
-        self.decode = here(decode, (_SHARED, _SHARED, _SHARED), _SHARED, donate=True)
-
-
-def _message(payload: Payload) -> jax.Array:
-    """The parts as one array: small parts cost a message of their own otherwise."""
-    parts = [payload[name] for name in sorted(payload)]
-    return parts[0] if len(parts) == 1 else jnp.concatenate([_as_bytes(x) for x in parts], -1)
-
-
-def _as_bytes(x: jax.Array) -> jax.Array:
-    data = lax.bitcast_convert_type(x, jnp.uint8)
-    return data if x.dtype.itemsize == 1 else data.reshape(*x.shape[:-1], -1)
-
-
-def _payload(messages: jax.Array, shapes: dict[str, jax.ShapeDtypeStruct]) -> Payload:
-    """The parts, of these shapes, of each of (n, bytes) messages."""
-    if len(shapes) == 1:
-        return dict.fromkeys(shapes, messages)
-    parts, start = {}, 0
-    for name, (count, width, dtype) in _layout(shapes):
-        data = messages[:, start : start + count * width]
-        data = data if width == 1 else data.reshape(len(messages), count, width)
-        parts[name] = lax.bitcast_convert_type(data, dtype)
-        start += count * width
-    return parts
-
-
-def _layout(shapes: dict[str, jax.ShapeDtypeStruct]):
-    """(name, (elements, bytes of one, dtype)) of the parts of a message."""
-    for name in sorted(shapes):
-        yield name, (shapes[name].shape[0], shapes[name].dtype.itemsize, shapes[name].dtype)
 
 
 def _wire_mesh(workers: Workers, wire: Mesh | None) -> Mesh:
