@@ -20,6 +20,7 @@ from experiments.bench_peers_cases import (
     config,
 )
 from experiments.bench_peers_jax import export, restore
+from experiments.bench_peers_plan import predictions, traffic
 from experiments.bench_peers_report import checks, clock, curve, index, report, seconds_to
 from experiments.tasks import make_task
 
@@ -196,6 +197,20 @@ def test_report_has_every_method_and_check(rows):
         if line.startswith("|"):
             widths.setdefault(line.count("|"), 0)
     assert len(widths) <= 4
+
+
+def test_predictions_count_the_bytes_and_take_the_measured_computation():
+    row = time_row(JAX_DENSE, "10mbit", ["", ""], [5.0, 5.0], 0.2, 0.1, "tiny", hosts=2)
+    rows = index([row, time_row(DENSE, "10mbit", ["", ""], [5.0, 5.0], 0.2, 0.1, "tiny", hosts=2)])
+    found = predictions(rows, 40)
+    assert list(found) == [("tiny", JAX_DENSE, 2, "10mbit")]
+    predicted, measured = found["tiny", JAX_DENSE, 2, "10mbit"]
+    sent = traffic(JAX_DENSE, "tiny", 2, 40).every_step_bytes
+    assert measured == 5.0
+    np.testing.assert_allclose(predicted, 0.2 + 1.055 * 8 * sent / 1e7, rtol=0.02)
+    text = report([row], [JAX_DENSE], predicted={("tiny", JAX_DENSE, 2, "10mbit"): (4.0, 5.0)})
+    assert "0 of 1 within 15%" in text
+    assert "4.000 / 5.000 = 0.80" in text
 
 
 def test_figure_is_drawn(rows, tmp_path):

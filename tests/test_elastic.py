@@ -1,5 +1,9 @@
 """What the survivors of a job take along: state, rows and means."""
 
+import contextlib
+import socket
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +12,7 @@ import pytest
 
 import jaxcomm
 from jaxcomm.training import _storage
+from jaxcomm.training._sockets import Connections
 from jaxcomm.training.elastic import ElasticStep, put_back, take
 from jaxcomm.training.workers import Place
 
@@ -101,3 +106,32 @@ def test_local_replicas_of_the_living_meet_without_the_dead():
 def test_copies_are_taken_at_least_every_step():
     with pytest.raises(ValueError, match="every must be at least 1, got 0"):
         ElasticStep(lambda devices: pytest.fail(str(devices)), jax.devices(), every=0)
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="connections are seen on Linux only")
+def test_what_was_opened_while_watching_is_hung_up_and_nothing_else():
+    with contextlib.ExitStack() as stack:
+        pairs = [[stack.enter_context(end) for end in socket.socketpair()] for _ in range(2)]
+        connections = Connections()
+        with connections.watching():
+            pairs.append([stack.enter_context(end) for end in socket.socketpair()])
+        pairs.append([stack.enter_context(end) for end in socket.socketpair()])
+        with connections.watching():
+            pass
+        assert connections.hang_up() == 2  # both ends are this process's
+        assert connections.hang_up() == 0
+        for i, (here, there) in enumerate(pairs):
+            there.settimeout(5)
+            if i == 2:
+                assert there.recv(1) == b""
+            else:
+                here.sendall(b"x")
+                assert there.recv(1) == b"x"
+
+
+def test_what_all_do_together_is_given_the_state():
+    step = make(optax.chain(jaxcomm.average(AXIS), optax.sgd(RATE)), jax.devices()[:2])
+    state = step.init(PARAMS, jax.random.key(0))
+    same, number = step.together(lambda state: int(state.step), state)
+    assert same is state
+    assert number == 0
