@@ -87,9 +87,10 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any]:
     prepare_workdir(workdir)
     task = make_task(config)
     elastic = config.on_failure == "continue" and jax.process_count() > 1
-    # the death of a process must be known before its silence is a reason to end
-    silence = max(config.stuck_seconds, 3.0 * HEARTBEAT_SECONDS) if elastic else None
-    watchdog = Watchdog(silence or config.stuck_seconds, config.standstill_seconds)
+    silence = config.stuck_seconds
+    if elastic and silence:  # a death must be known before it is a reason to end
+        silence = max(silence, 3.0 * HEARTBEAT_SECONDS)
+    watchdog = Watchdog(silence, config.standstill_seconds)
     step: Any = (
         _elastic(config, task.loss_fn, watchdog) if elastic else make_step(config, task.loss_fn)
     )
