@@ -305,6 +305,7 @@ class Checkpointer:
         how = _storage.abstract if self._writers == "all" else _storage.on_host
         abstract = {key: how(leaf) for key, leaf in flat.items() if _stored(leaf)}
         try:
+            values: Any
             if self._writers == "own":
                 values = serialization.msgpack_restore((path / OWN_FILE).read_bytes())
             else:
@@ -371,8 +372,8 @@ def _write(path: Path, arrays: dict[str, np.ndarray]) -> None:
 
 def _count(state: Any, workers: int | None) -> int | None:
     """Of how many workers a state is."""
-    layout = getattr(state, "layout", None)
-    return workers if getattr(layout, "workers", None) is None else layout.workers.count
+    whose = getattr(getattr(state, "layout", None), "workers", None)
+    return workers if whose is None else whose.count
 
 
 _NOTHING = {"": np.zeros(1)}  # Orbax refuses an empty tree
