@@ -109,7 +109,9 @@ def test_the_argument_is_not_touched():
 
 
 @pytest.mark.parametrize("exchange", ["two_phase", "gather"])
-@pytest.mark.parametrize("size", [1, 9, 1003, 100_000])
+@pytest.mark.parametrize(
+    "size", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (9, 1003)), 100_000]
+)
 def test_bytes_are_counted(size, exchange):
     """What the collectives move, by the shapes of their messages, is what is foretold."""
     codec = CODECS["sign block"]

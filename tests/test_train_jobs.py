@@ -39,6 +39,7 @@ def root(monkeypatch):
     monkeypatch.chdir(Path(__file__).parent.parent)
 
 
+@pytest.mark.slow
 def test_the_slow_process_is_named(tmp_path, capfd):
     """The real wiring: both measure their part of the step, and rank 1's takes longer."""
     report = launch(tmp_path, 2, "slow", fields={"steps": 6, "monitor": "step"})
