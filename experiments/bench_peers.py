@@ -28,7 +28,7 @@ from experiments.rows import read_rows
 
 KEY = tuple(field.name for field in dataclasses.fields(Case))
 STEPS, QUICK_STEPS = 600, 400
-SECONDS, QUICK_SECONDS = 16.0, 16.0  # of a timed case, about
+SECONDS = 16.0  # of a timed case, about
 QUICK_RATES = (RAW, "100mbit", "10mbit")
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
@@ -149,8 +149,7 @@ def main(arguments: list[str]) -> None:
     given = values.rates or (QUICK_RATES if quick else RATES)
     rates = possible(tuple(RAW if rate == "raw" else rate for rate in given))
     steps = values.steps or (QUICK_STEPS if quick else STEPS)
-    seconds = QUICK_SECONDS if quick else SECONDS
-    setting = Setting(steps, seconds, any(rates), values.timeout)
+    setting = Setting(steps, SECONDS, any(rates), values.timeout)
     todo = [c for c in cases(hosts, rates, quick, not without) if values.only in c.method]
     workdir = Path(values.workdir)
     failed = ""

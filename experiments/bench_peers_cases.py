@@ -65,19 +65,19 @@ def _local(name: str, sync: str, rounds: int, rate: float = 1.0) -> Method:
 
 
 _EF = "error_feedback({}, axis_name{})"
+_TWO_PHASE = ", exchange='two_phase'"
 _TWO_BITS = "compose(block_top_k(0.005), quantize(4))"
 _BUCKETS = "exchange='dense', bucket_bytes=2_000_000"  # shorter sums are faster than one, on gloo
-_FOUR_BITS = "factors=quantize(4), exchange='two_phase'"
+_FOUR_BITS = f"factors=quantize(4){_TWO_PHASE}"
 _QSR = "qsr(learning_rate, alpha=0.012, h_base=8, warmup_steps=warmup_steps)"
-
-_SHORT = "periodic(outer=error_feedback(quantize(2), axis_name, exchange='two_phase'), every=3, "
+_SHORT = f"periodic({_EF.format('quantize(2)', _TWO_PHASE)}, 3, total_steps=steps)"
 
 METHODS = (  # in turn: neither library has the quieter half of the day
     Method(DENSE, "torch", hook="float32"),
     _compressed("jaxcomm dense", f"compressed_average(identity(), axis_name, {_BUCKETS})"),
     Method("plain JAX dense", "jax"),
     Method("DDP fp16 hook", "torch", hook="fp16"),
-    _compressed("jaxcomm sign, two-phase", _EF.format("sign()", ", exchange='two_phase'")),
+    _compressed("jaxcomm sign, two-phase", _EF.format("sign()", _TWO_PHASE)),
     Method("DDP PowerSGD r1", "torch", hook="rank 1"),
     _compressed("jaxcomm PowerSGD r4", "power_sgd(4, axis_name)"),
     _compressed("jaxcomm PowerSGD r4, 4 bits", f"power_sgd(4, axis_name, {_FOUR_BITS})"),
@@ -88,7 +88,7 @@ METHODS = (  # in turn: neither library has the quieter half of the day
     Method("DDP post-local SGD", "torch", hook="post_local", rounds=PERIOD + 1),
     _local("jaxcomm QSR", f"local_sgd(axis_name, {_QSR}, total_steps=steps)", 40),
     _local("jaxcomm DiLoCo", f"diloco(axis_name, {PERIOD}, total_steps=steps)", PERIOD + 1),
-    _local("jaxcomm local, 2 bits, every 3", f"{_SHORT}total_steps=steps)", 9, rate=1.75),
+    _local("jaxcomm local, 2 bits, every 3", _SHORT, 9, rate=1.75),
     _local(
         "jaxcomm streaming fp4",
         f"streaming_diloco(axis_name, {PERIOD}, 4, total_steps=steps)",

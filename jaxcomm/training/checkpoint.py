@@ -145,7 +145,7 @@ class Checkpointer:
                 return True
         plan = self._plan(step, force) if self._main else None
         self._restored = None
-        from_all = self._from_all if self._writers == "all" else _storage.from_this
+        from_all = _storage.from_all if self._writers == "all" else _storage.from_this
         rows = from_all([plan, data_state])
         name, problem = rows[0][0]
         if problem:

@@ -163,7 +163,9 @@ def power_sgd(
         def compress():
             beside = dense if factors is None else []
             means = functools.partial(factor_mean, count=state.count)
-            mean, mean_dense, error, new = _low_rank_mean(total, query, beside, means, not factors)
+            mean, mean_dense, error, new = _low_rank_mean(
+                total, query, beside, means, own_error=factors is None
+            )
             if factors is not None:
                 vector, unflatten = flatten(dense)
                 mean_dense = unflatten(dense_mean(vector, axis_name), jnp.float32)
