@@ -1,51 +1,18 @@
 """Checkpoints on every host's own disk, in two real processes: whose rows, which step, what if."""
 
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import two_processes
 
 from jaxcomm.training.checkpoint import Checkpointer, CheckpointError
 from jaxcomm.training.local_checkpoint import LocalCheckpointer
-
-ROOT = Path(__file__).resolve().parent.parent
 
 TWO = """
-import shutil, sys, jax, numpy as np
-jax.config.update("jax_platforms", "cpu")
-jax.config.update("jax_num_cpu_devices", 2)
-jax.config.update("jax_cpu_collectives_implementation", "gloo")
-rank, address, directory = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-jax.distributed.initialize(address, 2, rank)
-import jax.numpy as jnp
+import shutil
 from pathlib import Path
 from jax.experimental.multihost_utils import sync_global_devices
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from jaxcomm.training.checkpoint import Checkpointer, CheckpointError
 from jaxcomm.training.local_checkpoint import LocalCheckpointer
-mesh = jax.make_mesh((4,), ("workers",), axis_types=(AxisType.Auto,))
-def make(values, spec):
-    return jax.make_array_from_callback(
-        values.shape, NamedSharding(mesh, spec), lambda index: values[index])
-rows = np.random.default_rng(0).normal(size=(4, 100)).astype(np.float32)
-data = np.asarray(jax.random.key_data(jax.random.split(jax.random.key(0), 4)))
-def state(scale):
-    return {"sharded": make(rows * scale, P("workers")), "replicated": make(rows * scale, P()),
-            "keys": jax.random.wrap_key_data(make(data * scale, P("workers"))),
-            "key": jax.random.wrap_key_data(make(data[0] * scale, P())),
-            "local": jnp.float32(scale)}
-def check(restored, scale):
-    for a, b in zip(jax.tree.leaves(restored), jax.tree.leaves(state(scale))):
-        assert (a.dtype, a.shape, a.sharding) == (b.dtype, b.shape, b.sharding)
-        if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
-            a, b = jax.random.key_data(a), jax.random.key_data(b)
-        for x, y in zip(a.addressable_shards, b.addressable_shards):
-            assert np.asarray(x.data).tobytes() == np.asarray(y.data).tobytes()
 local = Path(directory) / f"disk-{rank}"  # of this host alone
 def meet(name):
     sync_global_devices(name)
@@ -91,18 +58,7 @@ print("good", rank)
 
 
 def test_two_hosts_with_disks_of_their_own(tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        address = f"localhost:{probe.getsockname()[1]}"
-    command = lambda rank: [sys.executable, "-c", TWO, str(rank), address, str(tmp_path)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    both = [subprocess.Popen(command(rank), cwd=ROOT, env=os.environ, **pipes) for rank in (0, 1)]
-    try:
-        said = [process.communicate(timeout=120)[0] for process in both]
-    finally:
-        for process in both:
-            process.kill()
-    assert [process.returncode for process in both] == [0, 0], "\n".join(said)
+    two_processes.run(TWO, tmp_path)
 
 
 def test_one_process(tmp_path):
