@@ -26,7 +26,7 @@ from experiments.expressions import evaluate as expression
 from experiments.schedules import learning_rate
 from experiments.tasks import Task, make_task
 from jaxcomm.training.checkpoint import Checkpointer, CheckpointError
-from jaxcomm.training.distributed import initialize
+from jaxcomm.training.distributed import client, initialize
 from jaxcomm.training.elastic import HEARTBEAT_SECONDS, ElasticStep, prepare
 from jaxcomm.training.local_checkpoint import LocalCheckpointer
 from jaxcomm.training.loop import put_batch, train_loop
@@ -323,8 +323,10 @@ def main(_: list[str]) -> None:
     try:
         with_workers(config)
     except ValueError as error:
-        if jax.process_count() > 1:
-            give_up(str(error), MISTAKE)  # all find the same
+        if jax.process_count() > 1:  # all find the same; who still comes up needs process 0 for it
+            with contextlib.suppress(jax.errors.JaxRuntimeError):
+                client().wait_at_barrier("jaxcomm/mistake", 10_000)
+            give_up(str(error), MISTAKE)
         raise
     if config.on_failure != "stop":
         job.keep_programs(str(Path(workdir).absolute() / "compiled"))
