@@ -52,6 +52,7 @@ def table() -> dict[str, compressors.Compressor]:
         "quantize 8": c.quantize(8),
         "quantize 4": c.quantize(4),
         "quantize 2": c.quantize(2),
+        "ternary": c.ternary(),
         "quantize 8 minmax": c.quantize(8, scheme="minmax"),
         "quantize 8 stochastic": c.quantize(8, rounding="stochastic"),
         "quantize 8 shift": c.quantize(8, rounding="shift"),

@@ -111,7 +111,7 @@ def test_compressors_are_values():
 
 
 @pytest.mark.parametrize(
-    "name", ["e4m3", "sign_l1", "top_k", "quantize_4", "quantize_2", "fp4", "kmeans_3"]
+    "name", ["e4m3", "sign_l1", "top_k", "quantize_4", "quantize_2", "ternary", "fp4", "kmeans_3"]
 )
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.floats(-1e9, 1e9, width=32, allow_subnormal=False), min_size=9, max_size=9))
@@ -125,7 +125,10 @@ def test_contraction_of_any_vector(name, values):
 
 LARGE = {
     **{n: TABLE[n] for n in ("identity", "bf16", "e4m3", "sign_l1", "natural", "fp4", "kmeans_3")},
-    **{n: TABLE[n] for n in ("quantize_8", "quantize_3_stochastic", "quantize_6_minmax_shift")},
+    **{
+        n: TABLE[n]
+        for n in ("ternary", "quantize_8", "quantize_3_stochastic", "quantize_6_minmax_shift")
+    },
     **{n: TABLE[n] for n in ("qsgd_7", "natural_dithering_7", "dct_top_k", "compose_top_k_2")},
     "top_k": C.top_k(0.01),
     "block_top_k": C.block_top_k(0.01),
@@ -392,6 +395,30 @@ class TestQuantize:
         assert len(levels) == 16
         assert all(a < b for a, b in itertools.pairwise(levels))
         C.quantize(4, scheme="minmax", levels=levels)
+
+
+class TestTernary:
+    @pytest.mark.parametrize(("size", "block"), [(7, 7), (100, 32), (64, None)])
+    def test_definition(self, size, block):
+        x, blocks = gaussian(size), range(0, size, block or size)
+        x[3], expected = 0.0, np.zeros(size)
+        for part in (slice(start, start + (block or size)) for start in blocks):
+            magnitudes = np.abs(x[part])
+            sent = magnitudes > 0.7 * magnitudes.mean()
+            expected[part] = np.where(sent, np.sign(x[part]) * magnitudes[sent].mean(), 0)
+        np.testing.assert_allclose(roundtrip(C.ternary(block), x), expected, rtol=1e-5)
+
+    def test_gaussian_error(self):
+        """Near the best three values (0.190); without a threshold it is the sign's 1 - 2 / pi."""
+        x = gaussian(200_000)
+        assert error(C.ternary(None), x) == pytest.approx(0.1907, rel=0.01)
+        assert error(C.ternary(None, threshold=0.0), x) == pytest.approx(1 - 2 / np.pi, rel=0.01)
+        assert error(C.ternary(256), x) < error(C.quantize(2, 256), x)
+
+    @pytest.mark.parametrize("threshold", [-0.1, 1.0])
+    def test_threshold_is_checked(self, threshold):
+        with pytest.raises(ValueError, match="threshold must be in"):
+            C.ternary(threshold=threshold)
 
 
 class TestNatural:

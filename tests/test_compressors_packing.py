@@ -9,7 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxcomm.compressors.packing import index_bits, pack, packed_bytes, unpack
+from jaxcomm.compressors.packing import (
+    index_bits,
+    pack,
+    pack_trits,
+    packed_bytes,
+    unpack,
+    unpack_trits,
+)
 
 
 @pytest.mark.parametrize("bits", range(1, 33))
@@ -47,6 +54,23 @@ def test_inverse_property(bits, count, random):
 def test_one_bit_layout_is_little_endian_packbits():
     v = np.random.default_rng(0).integers(0, 2, 1001).astype(np.uint8)
     np.testing.assert_array_equal(pack(jnp.asarray(v), 1), np.packbits(v, bitorder="little"))
+
+
+@pytest.mark.parametrize("count", [0, 1, 4, 5, 6, 243, 1001])
+def test_five_trits_a_byte(count):
+    v = np.random.default_rng(count).integers(0, 3, count)
+    data = pack_trits(jnp.asarray(v))
+    assert data.dtype == jnp.uint8
+    assert data.size == -(-count // 5)
+    np.testing.assert_array_equal(unpack_trits(data, count), v)
+
+
+def test_every_byte_of_trits():
+    """Five planes of one byte each, the first one the lowest digit."""
+    data = jnp.arange(243, dtype=jnp.uint8)
+    trits = unpack_trits(data, 5 * 243).astype(int).reshape(5, 243)
+    np.testing.assert_array_equal((3 ** np.arange(5)) @ trits, np.arange(243))
+    np.testing.assert_array_equal(pack_trits(trits.reshape(-1)), data)
 
 
 @pytest.mark.parametrize(("size", "bits"), [(0, 1), (1, 1), (2, 1), (3, 2), (1024, 10), (1025, 11)])

@@ -12,6 +12,7 @@ from jaxcomm.compressors._qsgd import qsgd
 from jaxcomm.compressors._quantize import quantize
 from jaxcomm.compressors._rand_k import rand_k
 from jaxcomm.compressors._sign import sign
+from jaxcomm.compressors._ternary import ternary
 from jaxcomm.compressors._threshold import threshold_top_k
 from jaxcomm.compressors._top_k import block_top_k, top_k
 from jaxcomm.compressors.base import Compressor, Payload
@@ -37,6 +38,7 @@ __all__ = [
     "quantize",
     "rand_k",
     "sign",
+    "ternary",
     "threshold_top_k",
     "top_k",
 ]

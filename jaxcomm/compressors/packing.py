@@ -54,6 +54,23 @@ def unpack(data: jax.Array, bits: int, count: int) -> jax.Array:
     return values[:count]
 
 
+def pack_trits(values: jax.Array) -> jax.Array:
+    """Packs a vector of 0, 1 and 2, five a byte: ceil(count / 5) bytes.
+
+    Byte i holds entries i, i + n, ..., i + 4n of the vector for n bytes, the first as its lowest
+    digit to base 3: again elementwise passes over whole vectors.
+    """
+    n = -(-values.shape[0] // 5)
+    digits = jnp.pad(values.astype(jnp.uint8), (0, 5 * n - values.shape[0])).reshape(5, n)
+    return sum((digits[i] * jnp.uint8(3**i) for i in range(1, 5)), start=digits[0])
+
+
+def unpack_trits(data: jax.Array, count: int) -> jax.Array:
+    """The `count` values (uint8) that `pack_trits` packed into these bytes."""
+    powers = jnp.array([[3**i] for i in range(5)], jnp.uint8)
+    return (data // powers % 3).reshape(-1)[:count]
+
+
 def _planes(bits: int) -> list[tuple[int, int]]:
     """(shift, width) of the planes of a width, low bits first."""
     planes, shift = [], 0
