@@ -19,6 +19,8 @@ stuck_seconds, standstill_seconds
 monitor      at every line of metrics of several processes, who is slower than the others: '' nobody
              looks; processor compares the time of a small fixed program; step that of a process's
              part of the step without communication (compiled once more, and run three times a line)
+pace         the bandwidth of each host's link, such as 10mbit: TCP then sends no faster, and loses
+             fewer packets where the queue of a router is short (Linux)
 background   make the transfers of an overlapped sync rule beside the computation
 """
 
@@ -59,6 +61,7 @@ def base(task: str, argument: str | None) -> ml_collections.ConfigDict:
     config.stuck_seconds = 60.0
     config.standstill_seconds = 1800.0
     config.monitor = ""
+    config.pace = ""
     return config
 
 

@@ -24,14 +24,14 @@ def index(rows: Iterable[dict]) -> Rows:
     return {tuple(r[k] for k in ("kind", "size", "method", "hosts", "rate")): r for r in rows}
 
 
-def seconds_by_kind(row: dict) -> dict[str, float]:
-    """Median seconds of each kind of step."""
+def seconds_by_kind(row: dict, of: str = "steps") -> dict[str, float]:
+    """Median seconds of each kind of step, or of its `alones`."""
     kinds = dict.fromkeys(row["kinds"])
-    pairs = list(zip(row["kinds"], row["steps"]))
+    pairs = list(zip(row["kinds"], row[of]))
     return {k: statistics.median([s for kind, s in pairs if kind == k]) for k in kinds}
 
 
-def clock(rows: Rows, method: str, hosts: int, rate: str) -> np.ndarray | None:
+def clock(rows: Rows, method: str, hosts: int, rate: str, of: str = "steps") -> np.ndarray | None:
     """Seconds at the end of every step of the training on a link, or None if not measured.
 
     A kind of step that was not timed costs what a dense step of DDP costs (DDP's own warm-up), or
@@ -42,9 +42,9 @@ def clock(rows: Rows, method: str, hosts: int, rate: str) -> np.ndarray | None:
     dense = rows.get(("time", "small", DENSE, hosts, rate))
     if run is None or timed is None:
         return None
-    known = seconds_by_kind(timed)
+    known = seconds_by_kind(timed, of)
     if dense is not None:
-        known.setdefault("dense", dense["step"])
+        known.setdefault("dense", dense["step" if of == "steps" else "alone"])
     dearest = max(known[kind] for kind in timed["kinds"])
     return np.cumsum([known.get(kind, dearest) for kind in run["kinds"]])
 
@@ -53,15 +53,25 @@ def step_seconds(rows: Rows, method: str, size: str, hosts: int, rate: str) -> f
     """Seconds of a step: the median, or of a local method the mean over its training."""
     if SYNC(method):
         return rows["time", size, method, hosts, rate]["step"]
-    times = clock(rows, method, hosts, rate)
+    return _mean(clock(rows, method, hosts, rate))
+
+
+def alone_seconds(rows: Rows, method: str, size: str, hosts: int, rate: str) -> float:
+    """Seconds of a step without its communication, in the same sense."""
+    if SYNC(method):
+        return rows["time", size, method, hosts, rate]["alone"]
+    return _mean(clock(rows, method, hosts, rate, "alones"))
+
+
+def _mean(times: np.ndarray | None) -> float:
     assert times is not None
     return times[-1] / len(times)
 
 
 def exposed(rows: Rows, method: str, size: str, hosts: int, rate: str) -> float:
     """Seconds a step that communication takes."""
-    row = rows["time", size, method, hosts, rate]
-    return step_seconds(rows, method, size, hosts, rate) - row["alone"]
+    where = rows, method, size, hosts, rate
+    return step_seconds(*where) - alone_seconds(*where)
 
 
 def overhead(rows: Rows, method: str, size: str, hosts: int, rate: str) -> float:
@@ -189,9 +199,11 @@ left out, methods in turn in one process a host. `exposed` is a step minus the s
 its communication removed (codecs stay; DDP: the same hook in a group of one), `overhead` a step
 minus the same library's step without exchange and codec (DDP: `no_sync`), both in the same run.
 Bytes are those of the interface's counter, a host and step. All hosts share this machine's
-cores. A bucket that was silent passes 0.01 s of bytes (32 kB at least) at once, for everybody.
-Trajectories do not depend on the link: losses are those of one training without a bucket, and
-seconds to a loss are its steps, each at what its kind (local, meeting, ...) costs on the link.
+cores. Connections of jaxcomm's methods are paced at the link's rate (`jaxcomm.pace`), others are
+as their libraries leave them. A bucket that was silent passes 0.01 s of bytes (32 kB at least) at
+once, for everybody. Trajectories do not depend on the link: losses are those of one training
+without a bucket, and seconds to a loss are its steps, each at what its kind (local, meeting, ...)
+costs on the link. `plan` is told the computation, the codec and the latency of the same run.
 Validation loss in nats a byte. Of dense methods on the slowest link only few steps are timed.
 """
 

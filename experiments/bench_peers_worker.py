@@ -24,6 +24,8 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from experiments import netns
 from experiments.bench_peers_cases import BY_NAME, RAW, Case, Method, config
@@ -31,7 +33,9 @@ from experiments.bench_peers_jax import Arrays, Jaxcomm, PlainJax, export, make_
 from experiments.rows import append_row
 from experiments.schedules import learning_rate
 from experiments.tasks import make_task
+from jaxcomm.collectives import primitives
 from jaxcomm.training.distributed import initialize
+from jaxcomm.training.pacing import pace
 
 LOOPBACK = "/sys/class/net/lo/statistics/tx_bytes"
 FEWEST, MOST = 2, 12  # timed steps of a method that meets in every one
@@ -51,7 +55,7 @@ class Bench:
 
     def __init__(self, plan: Plan):
         self.plan, self.hosts, self.rank = plan, jax.process_count(), jax.process_index()
-        self._connected = False
+        self._connected, self._hop = False, _hop(self.hosts)
         self._tasks: dict[str, Any] = {}
         self._baselines: dict[str, PlainJax] = {}
         self._step: tuple[Any, Any] = (None, None)
@@ -132,19 +136,23 @@ class Bench:
         set_rate(RAW)
         peer, batches = self.peer(method, size), self.batches(size)
         local = self.local(method, size, peer)
-        alone = local if method.rounds else peer.alone
+        together = method.library == "torch" and method.rounds  # no hook: steps are local's
+        alone = local if together else peer.alone
         for _ in range(3):  # DDP rebuilds its buckets after the first; PowerSGD starts at the third
             tokens = next(batches)
-            for call in (peer.step, alone, local):
+            for call in (alone, peer.step, local):  # alone begins with the state before the step
                 call(tokens)
         for case in cases:
             _meet()
             set_rate(case.rate)
+            pace(case.rate if method.library == "jaxcomm" and case.rate else None)
             yield self._time(method.rounds, batches, peer.step, alone, local)
         set_rate(RAW)
+        pace(None)
 
     def _time(self, rounds: int, batches, step, alone, local) -> dict:
         quiet, load = _bytes_of(_meet, 4) / 2, os.getloadavg()[0]
+        latency = statistics.median(self._hop() for _ in range(11))
         kinds, sent, times, planned = [], [], [], rounds
         while len(times) < (planned or FEWEST):
             tokens = next(batches)
@@ -152,11 +160,8 @@ class Bench:
             seconds, kind = _seconds(step, tokens)
             _meet()
             sent.append(_counter() - before - quiet)
-            # a local method's steps between meetings are all alike: a few comparisons do
-            others = len(times) < 4 or not rounds
-            pair = [_seconds(f, tokens)[0] for f in (alone, local)] if others else [np.nan] * 2
             kinds.append(kind)
-            times.append([seconds, *pair])
+            times.append([seconds, *(_seconds(f, tokens)[0] for f in (alone, local))])
             if not planned:  # all hosts must agree
                 slowest = _gather([seconds])[:, 0].max()
                 planned = int(np.clip(self.plan.seconds / slowest, FEWEST, MOST))
@@ -167,11 +172,24 @@ class Bench:
             "kinds": kinds,
             "steps": slowest[:, 0].tolist(),
             "step": statistics.median(slowest[:, 0].tolist()),
-            "alone": float(np.nanmedian(slowest[:, 1])),
-            "local": float(np.nanmedian(slowest[:, 2])),
+            "alones": slowest[:, 1].tolist(),
+            "alone": statistics.median(slowest[:, 1].tolist()),
+            "local": statistics.median(slowest[:, 2].tolist()),
+            "latency": latency,
             "bytes": float(_gather([sent]).mean((0, 1)).mean() / share),
             "load": load,
         }
+
+
+def _hop(hosts: int) -> Callable[[], float]:
+    """Seconds of one hop of a collective that has almost no bytes, all hosts together."""
+    mesh = jax.make_mesh((hosts,), ("hosts",), axis_types=(AxisType.Auto,))
+    gather = lambda x: primitives.all_gather(x, "hosts")
+    gather = jax.shard_map(gather, mesh=mesh, in_specs=P("hosts"), out_specs=P("hosts"))
+    run, mine = jax.jit(gather), np.zeros(1, np.float32)
+    x = jax.make_array_from_process_local_data(NamedSharding(mesh, P("hosts")), mine)
+    call = lambda _: jax.block_until_ready(run(x))
+    return lambda: _seconds(call, None)[0] / max(1, hosts - 1)
 
 
 def _gather(values) -> np.ndarray:

@@ -25,6 +25,7 @@ from experiments.config import Config
 from experiments.expressions import evaluate as expression
 from experiments.schedules import learning_rate
 from experiments.tasks import Task, make_task
+from jaxcomm.traffic.link import Link
 from jaxcomm.training.checkpoint import Checkpointer, CheckpointError
 from jaxcomm.training.distributed import client, initialize
 from jaxcomm.training.elastic import HEARTBEAT_SECONDS, ElasticStep, prepare
@@ -32,6 +33,7 @@ from jaxcomm.training.local_checkpoint import LocalCheckpointer
 from jaxcomm.training.loop import put_batch, train_loop
 from jaxcomm.training.make import make_train_step
 from jaxcomm.training.metrics import MetricsLogger, device_arithmetic, prepare_workdir
+from jaxcomm.training.pacing import pace
 from jaxcomm.training.step import TrainState, TrainStep
 from jaxcomm.training.straggler_monitor import StragglerMonitor, step_alone
 from jaxcomm.training.watchdog import Watchdog, give_up
@@ -40,7 +42,7 @@ MODES = ("devices", "simulate", "pmap")
 # may differ between two parts of one run
 FREE = ("checkpoint_every", "keep", "log_every", "evaluate_every", "mode", "background")
 FREE += ("on_failure", "snapshot_every", "stuck_seconds", "standstill_seconds")
-FREE += ("resize", "check_every", "local_checkpoints", "monitor")
+FREE += ("resize", "check_every", "local_checkpoints", "monitor", "pace")
 MONITORS = ("", "processor", "step")
 ON_FAILURE = ("stop", "restart", "continue")
 MISTAKE = 2  # of the user: `experiments.cluster` does not start such a job again
@@ -61,6 +63,8 @@ def make_step(config: Config, loss_fn, devices: list[Any] | None = None) -> Trai
         )
     if config.monitor not in MONITORS:
         raise ValueError(f"config.monitor must be one of {MONITORS}, got {config.monitor!r}")
+    if config.pace:
+        Link.parse(config.pace)
     scope = {
         "axis_name": config.axis_name,
         "learning_rate": learning_rate(config),
@@ -99,7 +103,7 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any]:
     data = task.train_iterator(
         config.batch_size, config.seed, jax.process_index(), jax.process_count()
     )
-    monitor = _monitor(config, task, step, state)
+    every_line = _every_line(config, task, step, state)
     main = jax.process_index() == 0
     counter = _counter()
     with (
@@ -122,7 +126,7 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any]:
             resize=config.resize or elastic,
             check_every=config.check_every,
             watchdog=watchdog,
-            monitor=monitor,
+            monitor=every_line,
         )
         if run.interrupted:
             print(f"stopped at step {int(run.state.step)} by SIGTERM; the state is saved")
@@ -181,17 +185,31 @@ def with_workers(config: Config) -> Config:
     return config
 
 
+def _every_line(config: Config, task: Task, step: Any, state: TrainState) -> Callable | None:
+    """What happens among several processes at every line of metrics."""
+    if jax.process_count() == 1:
+        return None
+    monitor = _monitor(config, task, step, state)
+
+    def look(done: int, seconds: float) -> None:
+        if config.pace:
+            pace(config.pace)  # connections may be new: gloo opens them when they are needed
+        if monitor is not None:
+            monitor(done, seconds, getattr(step, "lost", ()))
+
+    return look
+
+
 def _monitor(config: Config, task: Task, step: Any, state: TrainState) -> Callable | None:
     """What compares the times of several processes."""
-    if not config.monitor or jax.process_count() == 1:
+    if not config.monitor:
         return None
     compute = None
     if config.monitor == "step":
         parts = jax.process_index(), jax.process_count()
         batch = next(task.train_iterator(config.batch_size, config.seed, *parts))
         compute = step_alone(step, state, put_batch(step, batch))
-    monitor = StragglerMonitor(compute)
-    return lambda done, seconds: monitor(done, seconds, getattr(step, "lost", ()))
+    return StragglerMonitor(compute)
 
 
 def _checkpointer(config: Config, workdir: str, elastic: bool) -> Checkpointer | LocalCheckpointer:

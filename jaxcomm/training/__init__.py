@@ -5,6 +5,7 @@ from jaxcomm.training.consistency import DivergenceError, ReplicaCheck
 from jaxcomm.training.loop import train_loop
 from jaxcomm.training.make import make_train_step
 from jaxcomm.training.metrics import MetricsLogger
+from jaxcomm.training.pacing import pace
 from jaxcomm.training.pipeline import PipelinedMean
 from jaxcomm.training.resize import resize_workers
 from jaxcomm.training.step import TrainState, TrainStep
@@ -25,6 +26,7 @@ __all__ = [
     "find_slow",
     "localise",
     "make_train_step",
+    "pace",
     "resize_workers",
     "robust_scores",
     "train_loop",

@@ -1,4 +1,4 @@
-"""The connections that were opened while somebody watched, so that they can be hung up.
+"""This process's sockets; those that were opened while somebody watched can be hung up.
 
 gloo has no way to abort: a process whose neighbour in a ring has left the collective waits for it,
 since the connection between the two still stands. Whoever leaves early must hang up.
@@ -40,6 +40,11 @@ class Connections:
                     ended += 1
         self._seen.clear()
         return ended
+
+
+def descriptors() -> list[int]:
+    """Of all open sockets."""
+    return list(_sockets().values())
 
 
 def _sockets() -> dict[str, int]:
