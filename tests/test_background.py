@@ -109,6 +109,7 @@ def test_schedules_without_an_end_and_steps_used_twice():
     np.testing.assert_allclose(state.params, expected.params, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_other_numbers_of_workers():
     """A state of 2 workers goes on with 4, as without a background."""
     final = []

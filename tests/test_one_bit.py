@@ -213,6 +213,7 @@ def test_automatic_freeze_follows_the_papers_rule():
     assert later == next(t for t in due if t > due[0])
 
 
+@pytest.mark.slow
 def test_freezing_is_what_makes_one_bit_work():
     """The paper's motivating figure: 1-bit gradients in an unfrozen Adam end worse (spec B.7)."""
     rng = np.random.default_rng(0)

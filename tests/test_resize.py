@@ -349,6 +349,7 @@ def test_the_position_in_the_data_is_that_of_the_global_batch():
     assert same(next(alone), together)
 
 
+@pytest.mark.slow
 def test_the_binary_goes_on_with_other_workers_and_the_next_samples(tmp_path, monkeypatch):
     """Dense averaging does not depend on their number: the same batches, and the same losses."""
     seen, call = [], TrainStep.__call__

@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import optax
+import pytest
 from jax.sharding import AxisType, Mesh
 
 import jaxcomm
@@ -29,6 +30,7 @@ def checkpoints(folder, workers):
     return Checkpointer(folder / "checkpoints", workers=workers)
 
 
+@pytest.mark.slow
 def test_four_simulated_two_processes_three_simulated(tmp_path, monkeypatch):
     monkeypatch.chdir(Path(__file__).parent.parent)
     four, state = make(simulate=4)

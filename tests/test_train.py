@@ -198,7 +198,7 @@ def kill(name, kind, signum, slow=True):
 @pytest.mark.parametrize(
     ("name", "kind", "signum"),
     [
-        kill("digits_ef21", "mlp", signal.SIGKILL, slow=False),
+        kill("digits_ef21", "mlp", signal.SIGKILL),
         kill("digits_local_sgd", "mlp", signal.SIGTERM, slow=False),
         kill("digits_ef21", "default", signal.SIGTERM),
         kill("digits_qsr", "default", signal.SIGKILL),
