@@ -24,7 +24,8 @@ from rich.table import Table
 
 from experiments import job
 from experiments.config import Config
-from experiments.train import setup_devices, train_and_evaluate
+from experiments.devices import setup_devices
+from experiments.train import train_and_evaluate
 from jaxcomm.training.distributed import initialize
 from jaxcomm.training.metrics import human_bytes, prepare_workdir
 

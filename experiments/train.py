@@ -22,6 +22,13 @@ from ml_collections import config_flags
 
 from experiments import command_line, job
 from experiments.config import Config
+from experiments.devices import (
+    check_devices,
+    setup_devices,
+    with_workers,
+    worker_devices,
+    worker_mesh,
+)
 from experiments.expressions import evaluate as expression
 from experiments.schedules import learning_rate
 from experiments.tasks import Task, make_task
@@ -76,9 +83,9 @@ def make_step(config: Config, loss_fn, devices: list[Any] | None = None) -> Trai
     sync = expression(config.sync, "config.sync", **scope) if config.sync else None
     way: dict[str, Any] = {"simulate": config.workers}
     if config.mode != "simulate":
-        _check_devices(config)
+        check_devices(config)
         pmap = config.mode == "pmap"
-        way = {"pmap": config.workers} if pmap else {"mesh": _mesh(config, devices)}
+        way = {"pmap": config.workers} if pmap else {"mesh": worker_mesh(config, devices)}
     way["background"] = config.background
     return make_train_step(loss_fn, tx, axis_name=config.axis_name, sync=sync, **way)
 
@@ -161,28 +168,6 @@ def _leave(step: Any, code: int) -> None:
     """A process that has outlived another one cannot end like others."""
     if getattr(step, "lost", ()):
         step.leave(code)
-
-
-def with_workers(config: Config) -> Config:
-    """The config with the number of workers: for 0 that of the devices in the job.
-
-    Raises:
-      ValueError: 0 simulated workers, or a batch that the workers do not divide.
-    """
-    if not config.workers:
-        if config.mode == "simulate":
-            raise ValueError("config.workers=0 counts devices: simulated workers need a number")
-        count = jax.device_count() if config.mode == "devices" else jax.local_device_count()
-        if config.background and jax.default_backend() == "cpu":
-            count //= 2  # the others make the transfers
-        config = config.copy_and_resolve_references()
-        config.workers = count
-    if config.batch_size % config.workers:
-        raise ValueError(
-            f"config.batch_size={config.batch_size} is not divisible by "
-            f"config.workers={config.workers}"
-        )
-    return config
 
 
 def _every_line(config: Config, task: Task, step: Any, state: TrainState) -> Callable | None:
@@ -276,53 +261,16 @@ def _counter() -> int | None:
     return int(Path(path).read_text()) if path else None
 
 
-def _check_devices(config: Config) -> None:
-    if jax.device_count() < config.workers or config.workers % jax.process_count():
-        raise ValueError(
-            f"config.mode={config.mode!r} with config.workers={config.workers} does not fit "
-            f"{jax.device_count()} devices in {jax.process_count()} processes; "
-            "--config.mode=simulate runs any number of workers on one"
-        )
-
-
-def _mesh(config: Config, devices: list[Any] | None) -> jax.sharding.Mesh:
-    axis_types = (jax.sharding.AxisType.Auto,)
-    return jax.sharding.Mesh(
-        devices or _devices(config), (config.axis_name,), axis_types=axis_types
-    )
-
-
-def _devices(config: Config) -> list[Any]:
-    """The same number from every process."""
-    share = config.workers // jax.process_count()
-    return [
-        d
-        for i in range(jax.process_count())
-        for d in [d for d in jax.devices() if d.process_index == i][:share]
-    ]
-
-
 def _elastic(config: Config, loss_fn, watchdog: Watchdog) -> ElasticStep:
     """A step that outlives some of its processes."""
     if config.mode != "devices" or config.background:
         raise ValueError("config.on_failure=continue needs config.mode=devices, background=False")
     return ElasticStep(
         lambda devices: make_step(config, loss_fn, devices),
-        _devices(config),
+        worker_devices(config),
         every=config.snapshot_every,
         watchdog=watchdog,
     )
-
-
-def setup_devices(config: Config) -> None:
-    """As many CPU devices as this process has workers, before JAX starts.
-
-    Twice as many where transfers run in the background: half of them compute.
-    """
-    processes = int(os.environ.get("JAXCOMM_PROCESSES", "1"))
-    if config.mode in ("devices", "pmap") and "JAX_NUM_CPU_DEVICES" not in os.environ:
-        share = max(1, config.workers // processes) * (2 if config.background else 1)
-        jax.config.update("jax_num_cpu_devices", share)
 
 
 def default_workdir(config_flag: str) -> str:

@@ -9,7 +9,8 @@ import pytest
 
 from configs import common
 from experiments import cluster
-from experiments.train import train_and_evaluate, with_workers
+from experiments.devices import with_workers
+from experiments.train import train_and_evaluate
 from jaxcomm.training.checkpoint import Checkpointer
 from tests.planted import DEATH
 

@@ -1,0 +1,69 @@
+"""Devices of a run: how many CPU devices a process makes, and which hold a worker."""
+
+import os
+from typing import Any
+
+import jax
+
+from experiments.config import Config
+
+
+def setup_devices(config: Config) -> None:
+    """As many CPU devices as this process has workers, before JAX starts.
+
+    Twice as many where transfers run in the background: half of them compute.
+    """
+    processes = int(os.environ.get("JAXCOMM_PROCESSES", "1"))
+    if config.mode in ("devices", "pmap") and "JAX_NUM_CPU_DEVICES" not in os.environ:
+        share = max(1, config.workers // processes) * (2 if config.background else 1)
+        jax.config.update("jax_num_cpu_devices", share)
+
+
+def with_workers(config: Config) -> Config:
+    """The config with the number of workers: for 0 that of the devices in the job.
+
+    Raises:
+      ValueError: 0 simulated workers, or a batch that the workers do not divide.
+    """
+    if not config.workers:
+        if config.mode == "simulate":
+            raise ValueError("config.workers=0 counts devices: simulated workers need a number")
+        count = jax.device_count() if config.mode == "devices" else jax.local_device_count()
+        if config.background and jax.default_backend() == "cpu":
+            count //= 2  # the others make the transfers
+        config = config.copy_and_resolve_references()
+        config.workers = count
+    if config.batch_size % config.workers:
+        raise ValueError(
+            f"config.batch_size={config.batch_size} is not divisible by "
+            f"config.workers={config.workers}"
+        )
+    return config
+
+
+def check_devices(config: Config) -> None:
+    """Raises a ValueError if the workers do not fit the devices of the job."""
+    if jax.device_count() < config.workers or config.workers % jax.process_count():
+        raise ValueError(
+            f"config.mode={config.mode!r} with config.workers={config.workers} does not fit "
+            f"{jax.device_count()} devices in {jax.process_count()} processes; "
+            "--config.mode=simulate runs any number of workers on one"
+        )
+
+
+def worker_mesh(config: Config, devices: list[Any] | None) -> jax.sharding.Mesh:
+    """The axis of workers, over these devices or `worker_devices`."""
+    axis_types = (jax.sharding.AxisType.Auto,)
+    return jax.sharding.Mesh(
+        devices or worker_devices(config), (config.axis_name,), axis_types=axis_types
+    )
+
+
+def worker_devices(config: Config) -> list[Any]:
+    """The same number from every process."""
+    share = config.workers // jax.process_count()
+    return [
+        d
+        for i in range(jax.process_count())
+        for d in [d for d in jax.devices() if d.process_index == i][:share]
+    ]
