@@ -31,9 +31,9 @@ class Ternary(Compressor):
         of_blocks = lambda fn, v: reduce_blocks(fn, v, self.block_size)
         floor = self.threshold * of_blocks(lambda rows: jnp.abs(rows).mean(1), x)
         floor = expand(floor, x.shape[0], self.block_size)
-        sent = jnp.where(jnp.abs(x) > floor, x, 0.0)
-        total = of_blocks(lambda rows: jnp.abs(rows).sum(1), sent)
-        count = of_blocks(lambda rows: (rows != 0).sum(1), sent)
+        sent = jnp.where(jnp.abs(x) > floor, jnp.abs(x), 0.0)
+        total = of_blocks(lambda rows: rows.sum(1), sent)
+        count = of_blocks(lambda rows: (rows > 0).astype(jnp.float32).sum(1), sent)
         trits = (x > floor).astype(jnp.uint8) + (x >= -floor)
         return {"values": packing.pack_trits(trits), "scale": total / jnp.maximum(count, 1)}
 
