@@ -81,7 +81,7 @@ class Jaxcomm:
         traced = self._step.trace(self._state, batch)
         run = without_communication(traced, dict(zip(workers.names, workers.sizes)))
         self._mine = [x.addressable_data(0).copy() for x in jax.tree.leaves(self._state)]
-        self._alone = jax.jit(run, donate_argnums=tuple(range(len(self._mine))))
+        self._alone = jax.jit(run)  # a step on CPU does not reuse its state's buffers either
 
     def params(self) -> Arrays:
         """The mean of all hosts' parameters; all of them call it."""

@@ -35,7 +35,7 @@ def make_train_step(
       mesh: run under shard_map on this mesh (default: all devices along the axis).
       simulate: run this many workers on one device under vmap.
       pmap: run under pmap on so many local devices.
-      donate: reuse the buffers of the state given to a step.
+      donate: reuse the buffers of the state given to a step, or (on CPU) free them after it.
       background: make the transfers of an overlapped sync rule on CPU devices of the same hosts
         while the others compute (`jaxcomm.training.background`); needs one beside each worker's.
 

@@ -210,6 +210,8 @@ class TrainStep:
         if self._run is None:
             self._run = self._compile(state)
         out, metrics, branches = self.workers.settle(self._run(state, batch))
+        if self._donate and not self._reuses:
+            _delete(state, out)
         state = out._replace(layout=state.layout)
         if self._sync is not None:
             metrics = jax.tree.map(_visible_mean, metrics)
@@ -290,7 +292,16 @@ class TrainStep:
 
     def _compile(self, state: TrainState):
         self._locate(state)
-        return self.workers.jit(self._step, *self._signature(), donate=self._donate)
+        donate = self._donate and self._reuses
+        return self.workers.jit(self._step, *self._signature(), donate=donate)
+
+    @property
+    def _reuses(self) -> bool:
+        """Whether new values are written over old ones; XLA on CPU would copy those first.
+
+        (It computes a moment and, from the old one again, the update that the moment gives.)
+        """
+        return self.workers.platform != "cpu"
 
     def _signature(self):
         metrics = Place.REPLICATED if self._sync is None else Place.PER_WORKER
@@ -320,6 +331,14 @@ def _with_aux(out):
         raise ValueError(f"loss_fn must return a scalar loss, got shape {jnp.shape(loss)}")
     aux = aux if isinstance(aux, dict) else {"aux": aux}
     return loss, jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), aux)
+
+
+def _delete(old, new) -> None:
+    """Frees the arrays of a state that are not those of the next one as well."""
+    kept = {id(x) for x in jax.tree.leaves(new)}
+    for x in jax.tree.leaves(old):
+        if isinstance(x, jax.Array) and not isinstance(x, Tracer) and id(x) not in kept:
+            x.delete()
 
 
 def _all_finite(tree) -> jax.Array:

@@ -85,6 +85,11 @@ class Workers:
         self._share_threads = len(local) > 1 and local[0].platform == "cpu"
 
     @property
+    def platform(self) -> str:
+        """Of the devices: 'cpu', 'gpu', 'tpu'."""
+        return jax.default_backend() if self.mesh is None else self.mesh.devices.flat[0].platform
+
+    @property
     def abstract_mesh(self) -> AbstractMesh:
         """A mesh with the worker axes for tracing; no devices are needed."""
         if self.mesh is not None:
