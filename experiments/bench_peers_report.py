@@ -341,7 +341,10 @@ def _bars(axis, rows: Rows, hosts: int, rates: list[str]) -> None:
         axis.barh(y, values, 0.38, label=rate or "raw")
     axis.set_yticks(range(len(names)), names, fontsize=8)
     axis.invert_yaxis()
-    axis.set(xscale="log", xlabel=f"exposed communication, s a step, {hosts} hosts")
+    axis.set(
+        xscale="log" if names else "linear",
+        xlabel=f"exposed communication, s a step, {hosts} hosts",
+    )
     if names:
         axis.legend(fontsize=8)
 
@@ -352,7 +355,9 @@ def _curves(axis, rows: Rows, hosts: int, rate: str) -> None:
         if found is not None:
             style = {"torch": "--", "jax": ":"}.get(method.library, "-")
             axis.plot(found[0][1:], found[1][1:], style, label=name, linewidth=1.2)
-    axis.set(xscale="log", xlabel=f"seconds, {hosts} hosts, {rate or 'raw'}")
+    axis.set(
+        xscale="log" if axis.lines else "linear", xlabel=f"seconds, {hosts} hosts, {rate or 'raw'}"
+    )
     axis.set_ylabel("validation loss")
     if axis.lines:
         axis.legend(fontsize=6)

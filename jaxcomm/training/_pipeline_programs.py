@@ -66,7 +66,7 @@ class Plan:
         self.join = (
             (lambda tree: jax.tree.leaves(tree)[0]) if plain else workers.jit(join, (OWN,), OWN)
         )
-        self.split = workers.jit(split, (SHARED,), SHARED, donate=plain)
+        self.split = workers.jit(split, (SHARED,), SHARED, donate=(0,) if plain else ())
 
 
 class Steps:
@@ -118,7 +118,7 @@ class Steps:
         self.send = there(send, (OWN,), OWN)
         self.average = here(average, (OWN, *at), OWN)
         self.gather = there(gather, (OWN,), SHARED)
-        self.decode = here(decode, (SHARED, SHARED, SHARED), SHARED, donate=True)
+        self.decode = here(decode, (SHARED, SHARED, SHARED), SHARED, donate=(0,))
 
 
 def _message(payload: Payload) -> jax.Array:

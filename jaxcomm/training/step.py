@@ -209,8 +209,8 @@ class TrainStep:
         state = self._own(state)
         if self._run is None:
             self._run = self._compile(state)
-        out, metrics, branches = self.workers.settle(self._run(state, batch))
-        if self._donate and not self._reuses:
+        out, metrics, branches = self.workers.settle(self._run(*_apart(state), batch))
+        if self._donate:
             _delete(state, out)
         state = out._replace(layout=state.layout)
         if self._sync is not None:
@@ -221,7 +221,7 @@ class TrainStep:
     def lower(self, state: TrainState, batch):
         """The lowered program of one step (see `jax.jit(f).lower`); not under pmap."""
         state = self._own(state)
-        return self._compile(state).lower(state, batch)
+        return self._compile(state).lower(*_apart(state), batch)
 
     def trace(self, state: TrainState, batch):
         """The traced program of one step over the abstract worker axis, in every mode."""
@@ -291,17 +291,20 @@ class TrainStep:
         return _storage.unpack(np.asarray(_storage.pack(x)), spec)
 
     def _compile(self, state: TrainState):
-        self._locate(state)
-        donate = self._donate and self._reuses
-        return self.workers.jit(self._step, *self._signature(), donate=donate)
+        """The compiled step as a function of `_apart(state)` and the batch.
 
-    @property
-    def _reuses(self) -> bool:
-        """Whether new values are written over old ones; XLA on CPU would copy those first.
-
-        (It computes a moment and, from the old one again, the update that the moment gives.)
+        On CPU only the sync rule's state is written over where it lies. For the others XLA computes
+        a new moment and, from the old one again, the update that the moment gives, so that it would
+        copy what `where(finite, new, old)` is to replace.
         """
-        return self.workers.platform != "cpu"
+        self._locate(state)
+        (places, split), outputs = self._signature()
+        step = lambda sync_state, rest, batch: self._step(
+            rest._replace(sync_state=sync_state), batch
+        )
+        reused = (0,) if self.workers.platform == "cpu" else (0, 1)
+        donate = reused if self._donate else ()
+        return self.workers.jit(step, (*_apart(places), split), outputs, donate=donate)
 
     def _signature(self):
         metrics = Place.REPLICATED if self._sync is None else Place.PER_WORKER
@@ -331,6 +334,11 @@ def _with_aux(out):
         raise ValueError(f"loss_fn must return a scalar loss, got shape {jnp.shape(loss)}")
     aux = aux if isinstance(aux, dict) else {"aux": aux}
     return loss, jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), aux)
+
+
+def _apart(state: TrainState) -> tuple[Any, TrainState]:
+    """The sync rule's state, and the others'."""
+    return state.sync_state, state._replace(sync_state=())
 
 
 def _delete(old, new) -> None:

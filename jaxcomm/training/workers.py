@@ -110,11 +110,10 @@ class Workers:
             return self._shard_map(fn, in_places, out_places, self.mesh)
         return self._simulated(fn, in_places, out_places)
 
-    def jit(self, fn: Callable, in_places, out_places, donate: bool = False) -> Callable:
-        """`map`, compiled; with `donate` the first argument's buffers are reused."""
-        donated = (0,) if donate else ()
+    def jit(self, fn: Callable, in_places, out_places, donate: tuple[int, ...] = ()) -> Callable:
+        """`map`, compiled; buffers of the arguments in `donate` are reused."""
         if self.mode != "pmap":
-            return jax.jit(self.map(fn, in_places, out_places), donate_argnums=donated)
+            return jax.jit(self.map(fn, in_places, out_places), donate_argnums=donate)
         workers = np.arange(self.count)  # pmap wants one mapped argument
         call = jax.pmap(
             lambda _, *args: fn(*args),
@@ -122,7 +121,7 @@ class Workers:
             devices=jax.local_devices()[: self.count],
             in_axes=(0, *_axes(in_places)),
             out_axes=_axes(out_places),
-            donate_argnums=tuple(i + 1 for i in donated),
+            donate_argnums=tuple(i + 1 for i in donate),
         )
         return lambda *args: call(workers, *self._split(args, in_places))
 
