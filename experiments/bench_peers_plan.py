@@ -1,8 +1,7 @@
 """What `plan` says of the steps that `experiments.bench peers` measures.
 
-Bytes are counted by tracing the step, no host is needed; computation, codec (of the step without
-its communication) and latency (of a collective without bytes) are those measured in the same run.
-Links carry the headers of Ethernet frames.
+Bytes are counted by tracing the step, no host is needed; computation and codec are those measured
+in the same run (the step without its communication). Links carry the headers of Ethernet frames.
 """
 
 import collections
@@ -16,6 +15,8 @@ from experiments.bench_peers_jax import make_step
 from experiments.bench_peers_report import Rows, alone_seconds, step_seconds
 from experiments.tasks import make_task
 from jaxcomm.traffic.link import ETHERNET
+
+LATENCY = 1e-4  # between namespaces of one machine
 
 
 @functools.cache
@@ -44,7 +45,7 @@ def predictions(rows: Rows, steps: int) -> dict[tuple, tuple[float, float]]:
         where = rows, method, size, hosts, rate
         predicted = jaxcomm.predict(
             traffic(method, size, hosts, steps),
-            jaxcomm.Link.parse(rate, latency=row["latency"], overhead=ETHERNET),
+            jaxcomm.Link.parse(rate, latency=LATENCY, overhead=ETHERNET),
             compute_seconds=row["local"],
             codec_seconds=max(alone_seconds(*where) - row["local"], 0.0),
             branches=branches,

@@ -203,7 +203,7 @@ cores. Connections of jaxcomm's methods are paced at the link's rate (`jaxcomm.p
 as their libraries leave them. A bucket that was silent passes 0.01 s of bytes (32 kB at least) at
 once, for everybody. Trajectories do not depend on the link: losses are those of one training
 without a bucket, and seconds to a loss are its steps, each at what its kind (local, meeting, ...)
-costs on the link. `plan` is told the computation, the codec and the latency of the same run.
+costs on the link. `plan` is told the computation and the codec of the same run.
 Validation loss in nats a byte. Of dense methods on the slowest link only few steps are timed.
 """
 

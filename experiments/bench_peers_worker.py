@@ -24,8 +24,6 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from experiments import netns
 from experiments.bench_peers_cases import BY_NAME, RAW, Case, Method, config
@@ -33,7 +31,6 @@ from experiments.bench_peers_jax import Arrays, Jaxcomm, PlainJax, export, make_
 from experiments.rows import append_row
 from experiments.schedules import learning_rate
 from experiments.tasks import make_task
-from jaxcomm.collectives import primitives
 from jaxcomm.training.distributed import initialize
 from jaxcomm.training.pacing import pace
 
@@ -55,7 +52,7 @@ class Bench:
 
     def __init__(self, plan: Plan):
         self.plan, self.hosts, self.rank = plan, jax.process_count(), jax.process_index()
-        self._connected, self._hop = False, _hop(self.hosts)
+        self._connected = False
         self._tasks: dict[str, Any] = {}
         self._baselines: dict[str, PlainJax] = {}
         self._step: tuple[Any, Any] = (None, None)
@@ -152,7 +149,6 @@ class Bench:
 
     def _time(self, rounds: int, batches, step, alone, local) -> dict:
         quiet, load = _bytes_of(_meet, 4) / 2, os.getloadavg()[0]
-        latency = statistics.median(self._hop() for _ in range(11))
         kinds, sent, times, planned = [], [], [], rounds
         while len(times) < (planned or FEWEST):
             tokens = next(batches)
@@ -175,21 +171,9 @@ class Bench:
             "alones": slowest[:, 1].tolist(),
             "alone": statistics.median(slowest[:, 1].tolist()),
             "local": statistics.median(slowest[:, 2].tolist()),
-            "latency": latency,
             "bytes": float(_gather([sent]).mean((0, 1)).mean() / share),
             "load": load,
         }
-
-
-def _hop(hosts: int) -> Callable[[], float]:
-    """Seconds of one hop of a collective that has almost no bytes, all hosts together."""
-    mesh = jax.make_mesh((hosts,), ("hosts",), axis_types=(AxisType.Auto,))
-    gather = lambda x: primitives.all_gather(x, "hosts")
-    gather = jax.shard_map(gather, mesh=mesh, in_specs=P("hosts"), out_specs=P("hosts"))
-    run, mine = jax.jit(gather), np.zeros(1, np.float32)
-    x = jax.make_array_from_process_local_data(NamedSharding(mesh, P("hosts")), mine)
-    call = lambda _: jax.block_until_ready(run(x))
-    return lambda: _seconds(call, None)[0] / max(1, hosts - 1)
 
 
 def _gather(values) -> np.ndarray:

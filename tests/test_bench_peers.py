@@ -125,7 +125,6 @@ def time_row(method, rate, kinds, steps, alone, local, size="small", hosts=4):
         "step": step,
         "alones": [alone] * len(steps),
         "alone": alone,
-        "latency": 1e-4,
         "local": local,
         "bytes": 100.0,
         "load": 1.0,

@@ -356,6 +356,20 @@ def test_the_callers_arrays_survive_and_states_are_donated(way):
     assert first.params["w"].is_deleted()
 
 
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="elsewhere all of it is reused")
+def test_on_cpu_only_the_sync_state_is_written_over_and_all_of_it_is_freed():
+    rule = jaxcomm.local_sgd(AXIS, 2)
+    step = jaxcomm.make_train_step(loss_fn, optax.adam(0.1), axis_name=AXIS, sync=rule, simulate=2)
+    state = step.init(tree(), KEY)
+    text = step.lower(state, batch(0)).as_text()
+    marks = text.count("tf.aliasing_output") + text.count("jax.buffer_donor")
+    assert marks == len(jax.tree.leaves(state.sync_state))
+    new, _ = step(state, batch(0))
+    old = state.params, state.opt_state, state.sync_state, state.step
+    assert all(x.is_deleted() for x in jax.tree.leaves(old))
+    assert not any(x.is_deleted() for x in jax.tree.leaves(new))
+
+
 def test_without_donation_a_state_can_be_used_again():
     step = jaxcomm.make_train_step(loss_fn, TX, axis_name=AXIS, donate=False, simulate=4)
     state = step.init(tree(), KEY)

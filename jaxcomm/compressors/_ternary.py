@@ -33,7 +33,7 @@ class Ternary(Compressor):
         floor = expand(floor, x.shape[0], self.block_size)
         sent = jnp.where(jnp.abs(x) > floor, jnp.abs(x), 0.0)
         total = of_blocks(lambda rows: rows.sum(1), sent)
-        count = of_blocks(lambda rows: (rows > 0).astype(jnp.float32).sum(1), sent)
+        count = of_blocks(lambda rows: (rows > 0).sum(1, dtype=jnp.int32), sent)
         trits = (x > floor).astype(jnp.uint8) + (x >= -floor)
         return {"values": packing.pack_trits(trits), "scale": total / jnp.maximum(count, 1)}
 

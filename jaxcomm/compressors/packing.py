@@ -67,7 +67,7 @@ def pack_trits(values: jax.Array) -> jax.Array:
 
 def unpack_trits(data: jax.Array, count: int) -> jax.Array:
     """The `count` values (uint8) that `pack_trits` packed into these bytes."""
-    digits, rest = [], data.astype(jnp.uint32)  # 30 times as fast as division by a table
+    digits, rest = [], data.astype(jnp.uint32)
     for _ in range(5):
         digits.append((rest % 3).astype(jnp.uint8))
         rest = rest // 3
