@@ -194,10 +194,11 @@ def report(
 
 
 TEXT = """\
-Seconds a step of the slowest host, medians; one thread a process for both libraries, warm-up
-left out, methods in turn in one process a host. `exposed` is a step minus the same step with
-its communication removed (codecs stay; DDP: the same hook in a group of one), `overhead` a step
-minus the same library's step without exchange and codec (DDP: `no_sync`), both in the same run.
+Seconds a step of the slowest host, medians; one thread a process for both libraries, which both
+keep freed memory (`jaxcomm.keep_memory`), warm-up left out, methods in turn in one process a host.
+`exposed` is a step minus the same step with its communication removed (codecs stay; DDP: the same
+hook in a group of one), `overhead` a step minus the same library's step without exchange and codec
+(DDP: `no_sync`), both in the same run.
 Bytes are those of the interface's counter, a host and step. All hosts share this machine's
 cores. Connections of jaxcomm's methods are paced at the link's rate (`jaxcomm.pace`), others are
 as their libraries leave them. A bucket that was silent passes 0.01 s of bytes (32 kB at least) at

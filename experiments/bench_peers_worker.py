@@ -32,6 +32,7 @@ from experiments.rows import append_row
 from experiments.schedules import learning_rate
 from experiments.tasks import make_task
 from jaxcomm.training.distributed import initialize
+from jaxcomm.training.memory import keep_memory
 from jaxcomm.training.pacing import pace
 
 LOOPBACK = "/sys/class/net/lo/statistics/tx_bytes"
@@ -223,6 +224,7 @@ def set_rate(rate: str) -> None:
 
 
 def main(todo: str, rows: str) -> None:
+    keep_memory()  # for both libraries
     initialize()
     content = json.loads(Path(todo).read_text())
     jax.config.update("jax_compilation_cache_dir", str(Path(rows).absolute().parent / "compiled"))

@@ -13,12 +13,15 @@ from pathlib import Path
 import jax
 from absl import app
 
+from jaxcomm.training.memory import keep_memory
+
 _ROOT = Path(__file__).resolve().parents[1]
 _OURS = tuple(_ROOT / name for name in ("jaxcomm", "experiments", "configs"))
 
 
 def run(main: Callable[[list[str]], None]) -> None:
-    """`absl.app.run(main)` with errors in one sentence."""
+    """`absl.app.run(main)` with errors in one sentence, in a process that keeps its memory."""
+    keep_memory()
     try:
         app.run(main)
     except (ValueError, OSError, AttributeError) as error:

@@ -4,6 +4,7 @@ from jaxcomm.training.checkpoint import Checkpointer, CheckpointError
 from jaxcomm.training.consistency import DivergenceError, ReplicaCheck
 from jaxcomm.training.loop import train_loop
 from jaxcomm.training.make import make_train_step
+from jaxcomm.training.memory import keep_memory
 from jaxcomm.training.metrics import MetricsLogger
 from jaxcomm.training.pacing import pace
 from jaxcomm.training.pipeline import PipelinedMean
@@ -24,6 +25,7 @@ __all__ = [
     "TrainStep",
     "find_hung",
     "find_slow",
+    "keep_memory",
     "localise",
     "make_train_step",
     "pace",
