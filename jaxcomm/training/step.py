@@ -219,9 +219,11 @@ class TrainStep:
         return state, self.workers.settle(metrics)
 
     def lower(self, state: TrainState, batch):
-        """The lowered program of one step (see `jax.jit(f).lower`); not under pmap."""
+        """The lowered program of (state, batch), see `jax.jit(f).lower`; not under pmap."""
         state = self._own(state)
-        return self._compile(state).lower(*_apart(state), batch)
+        self._locate(state)
+        donate = (0,) if self._donate and self.workers.platform != "cpu" else ()
+        return self.workers.jit(self._step, *self._signature(), donate=donate).lower(state, batch)
 
     def trace(self, state: TrainState, batch):
         """The traced program of one step over the abstract worker axis, in every mode."""
