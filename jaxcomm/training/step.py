@@ -222,7 +222,7 @@ class TrainStep:
         """The lowered program of (state, batch), see `jax.jit(f).lower`; not under pmap."""
         state = self._own(state)
         self._locate(state)
-        donate = (0,) if self._donate and self.workers.platform != "cpu" else ()
+        donate = (0,) if self._whole else ()
         return self.workers.jit(self._step, *self._signature(), donate=donate).lower(state, batch)
 
     def trace(self, state: TrainState, batch):
@@ -293,20 +293,24 @@ class TrainStep:
         return _storage.unpack(np.asarray(_storage.pack(x)), spec)
 
     def _compile(self, state: TrainState):
-        """The compiled step as a function of `_apart(state)` and the batch.
-
-        On CPU only the sync rule's state is written over where it lies. For the others XLA computes
-        a new moment and, from the old one again, the update that the moment gives, so that it would
-        copy what `where(finite, new, old)` is to replace.
-        """
+        """The compiled step as a function of `_apart(state)` and the batch."""
         self._locate(state)
         (places, split), outputs = self._signature()
         step = lambda sync_state, rest, batch: self._step(
             rest._replace(sync_state=sync_state), batch
         )
-        reused = (0,) if self.workers.platform == "cpu" else (0, 1)
-        donate = reused if self._donate else ()
+        donate = (0, 1) if self._whole else (0,) if self._donate else ()
         return self.workers.jit(step, (*_apart(places), split), outputs, donate=donate)
+
+    @property
+    def _whole(self) -> bool:
+        """Whether all of the state is written over where it lies.
+
+        On CPU only the sync rule's is. For the others XLA computes a new moment and, from the old
+        one again, the update that the moment gives, so that it would copy what
+        `where(finite, new, old)` is to replace.
+        """
+        return self._donate and self.workers.platform != "cpu"
 
     def _signature(self):
         metrics = Place.REPLICATED if self._sync is None else Place.PER_WORKER
