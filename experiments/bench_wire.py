@@ -22,9 +22,6 @@ from experiments.bench_wire_report import report
 from experiments.rows import read_rows
 
 KEY = ("compressor", "exchange", "elements", "bucket_bytes", "hosts", "rate")
-# The C library gives an array of more than 32 MB back to the kernel when it is freed; the page
-# faults of the next one (10,000 for 40 MB) took longer than the codecs.
-KEEP_MEMORY = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=8589934592"
 TIMED_HOSTS, TIMED_RATES = 4, ("100mbit", "1gbit")
 
 
@@ -63,7 +60,6 @@ def run(todo: list[Job], workdir: Path, timeout: float | None = None) -> list[di
             continue
         cases = workdir / "todo.json"
         cases.write_text(json.dumps([dataclasses.asdict(c) for c in missing]))
-        os.environ.setdefault("GLIBC_TUNABLES", KEEP_MEMORY)  # the hosts inherit it
         words = ("-m", "experiments.bench_wire_worker", str(cases), str(path), job.rate)
         setting = cluster.Job(words, hosts=job.hosts, rate=job.rate or None, timeout=timeout)
         outcome = cluster.launch(setting).outcome

@@ -20,6 +20,7 @@ TIMED = (
 )
 PIPELINED = "pipelined "  # before an exchange by jaxcomm.PipelinedMean, in so many buckets:
 BUCKETS = 8
+REPEATS = 9  # of which the times are medians, the bytes means
 EXCHANGES = ("gather", "two_phase", "ring", "hierarchical")
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from experiments.bench_wire_cases import BUCKETS, Case, timed_cases
+from experiments.bench_wire_cases import BUCKETS, REPEATS, Case, timed_cases
 from experiments.netns import parse_rate
 
 CASE = tuple(field.name for field in dataclasses.fields(Case))
@@ -49,7 +49,7 @@ def _bytes_table(rows: list[dict]) -> list[str]:
     lines = [
         "Bytes that a host sends in one exchange: as `jaxcomm.traffic` counts them, and by the",
         "counter of the host's interface. `frames` also counts the headers of every packet of",
-        "1,514 bytes, as the token bucket does. Means over the hosts and five exchanges.",
+        f"1,514 bytes, as the token bucket does. Means over the hosts and {REPEATS} exchanges.",
         "",
         f"- {inside} of {len(rows)} ratios in {LOWEST:.2f}..{HIGHEST:.2f}; "
         f"they are {min(ratios):.3f}..{max(ratios):.3f}"
@@ -73,14 +73,14 @@ def _bytes_table(rows: list[dict]) -> list[str]:
 
 def _times_table(rows: list[dict]) -> list[str]:
     lines = [
-        "Seconds of one mean (the slowest host, median of five) beside `bytes / rate`, which is",
+        f"Seconds of one mean (the slowest host, median of {REPEATS}) beside `bytes / rate`, which is",
         "what the counted bytes need on the link, and `codec`: the same program without its",
         "collectives, run by all hosts at the same time (they share this machine's cores).",
         f"The goal is at most {SLOWEST} times the larger of the two. A token bucket lets the first",
-        "0.02 s of bytes after a pause (250 kB at most) pass at once. XLA on CPU runs collectives",
+        "0.01 s of bytes after a pause (262 kB at most) pass at once. XLA on CPU runs collectives",
         "and computation of one program one after the other, so that their sum is what to expect;",
         f"`pipelined` is jaxcomm.PipelinedMean with {BUCKETS} buckets. The hosts keep the memory",
-        "of freed arrays (GLIBC_TUNABLES, see `jaxcomm.PipelinedMean`).",
+        "of freed arrays (`jaxcomm.keep_memory`).",
         "`load` is how many processes of this machine wanted its cores in the minute before.",
         "",
         "| compressor | exchange | hosts | rate | elements | bytes | bytes / rate | codec "

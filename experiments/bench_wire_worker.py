@@ -26,6 +26,7 @@ from jax.sharding import PartitionSpec as P
 from experiments.bench_wire_cases import (
     BUCKETS,
     PIPELINED,
+    REPEATS,
     Case,
     compressors,
     single,
@@ -36,11 +37,11 @@ from jaxcomm.collectives import exchange_bytes, exchange_mean
 from jaxcomm.traffic.alone import without_communication
 from jaxcomm.traffic.count import count
 from jaxcomm.training.distributed import initialize
+from jaxcomm.training.memory import keep_memory
 from jaxcomm.training.pipeline import PipelinedMean
 from jaxcomm.transforms.common import message_key, zero_count
 
 LOOPBACK = "/sys/class/net/lo/statistics/tx_bytes"
-REPEATS = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,6 +163,7 @@ def _counters() -> list[int]:
 
 
 def main(todo: str, rows: str, rate: str) -> None:
+    keep_memory()  # else the page faults of arrays of 40 MB take longer than the codecs
     initialize()
     cases = [Case(**case) for case in json.loads(Path(todo).read_text())]
     for i, case in enumerate(cases):

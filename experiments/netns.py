@@ -8,6 +8,7 @@ Every byte is sent by some host, so a bucket on what each host sends throttles a
 bridge lives in a namespace of its own: no interface, address or firewall rule of the machine
 takes part. Names carry the launcher's process number (jc<pid>n<i> a host, jc<pid>sw the switch),
 so what a killed launcher left behind is recognised and removed by the next one. Linux, root.
+TCP is Linux's default, CUBIC, whatever the machine's is: BBR pauses 0.2 s now and then to probe.
 """
 
 import atexit
@@ -21,6 +22,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 COUNTER = "/sys/class/net/eth0/statistics/tx_bytes"  # as a host sees it
+CONGESTION = "/proc/sys/net/ipv4/tcp_congestion_control"
 HOST_FILES = "/etc/netns"  # `ip netns exec` mounts what is in here over /etc
 NAMESPACES = "/var/run/netns"
 NAME = re.compile(r"jc(\d+)(?:n\d+|sw)")
@@ -153,6 +155,7 @@ class Network:
                 "link set eth0 up",
             ),
         )
+        _run("ip", "netns", "exec", name, "sh", "-c", f"echo cubic > {CONGESTION}", check=False)
         burst = min(max(self.rate / 8 * BURST_SECONDS, BURST_BYTES[0]), BURST_BYTES[1])
         bucket = f"rate {self.rate:.0f}bit burst {burst:.0f}b latency {LATENCY * 1e3:.0f}ms"
         _run("tc", "-n", name, *f"qdisc add dev eth0 root tbf {bucket}".split())

@@ -4,10 +4,10 @@ XLA on CPU runs the collectives and the computation of one program one after the
 compressed mean takes codec plus transfer. Here each step of each bucket is a program of its own,
 dispatched by two threads: one for the collectives, one for everything else.
 
-    gather      computing  encode 2, decode 0  | encode 3, decode 1  | ...
-                wire       gather 0 | gather 1 | gather 2 | ...
-    two_phase   computing  encode 2, average 0 | encode 3, average 1 | ... (decode 0 comes 2 later)
-                wire       send 0   | send 1   | send 2 | gather 0   | send 3 | gather 1 | ...
+    gather      computing  encode 0 | encode 1 | decode 0, encode 2 | decode 1, encode 3 | ...
+                wire                  gather 0   gather 1             gather 2
+    two_phase   computing  encode 0 | encode 1 | average 0, encode 2 | average 1, decode 0, ...
+                wire                  send 0     send 1     gather 0   send 2    gather 1
 
 With B buckets, codec time c and transfer time t of all of them, the mean takes max(c, t) and about
 min(c, t) / B instead of c + t. Both threads wait for each program before the next: XLA has as many
@@ -31,7 +31,6 @@ from jaxcomm.transforms.common import check_compressor
 
 EXCHANGES = ("two_phase", "gather")
 ALIGNED = 1024  # elements: the usual block; buckets are whole blocks where they are large enough
-AHEAD = 2  # buckets from one stage of a bucket to its next
 
 
 class PipelinedMean:
@@ -40,11 +39,9 @@ class PipelinedMean:
     For what is averaged between two steps: parameters of local training, pseudo-gradients,
     accumulated gradients. The values are those of
     `exchange_mean(x, compressor, axis_name, key, exchange, bucket_bytes=mean.bucket_bytes(d))`.
-    All processes call it together, with no other collective of theirs in flight. On CPU, where
-    vectors of more than 32 MB are concerned, start Python with the environment variable
-    GLIBC_TUNABLES=glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=8589934592: the C library
-    otherwise gives such a result back to the kernel each time, and the page faults of the next
-    one can take longer than the codec.
+    All processes call it together, with no other collective of theirs in flight. On CPU call
+    `jaxcomm.keep_memory()` first of all: the page faults of vectors of more than 32 MB can take
+    longer than the codec.
 
     Args:
       compressor: the codec; it sees one bucket at a time (scales by it, keeps its share of it).
@@ -133,15 +130,15 @@ class PipelinedMean:
     def _exchange(self, plan: Plan, vector, key):
         """The mean of the flat vectors, with the padding of its rows.
 
-        A bucket is coded when the one three before it has arrived: hosts that are ahead leave the
+        A bucket is coded when the one two before it has arrived: hosts that are ahead leave the
         cores that they may share, and the memory, to what is due first.
         """
         mean, found = None, [vector] * len(plan.parts)
         hops = ("gather",) if self.exchange == "gather" else ("send", "gather")
         with ThreadPoolExecutor(1, "jaxcomm-wire") as wire:
-            for tick in range(len(plan.parts) + AHEAD * len(hops)):
+            for tick in range(len(plan.parts) + len(hops)):
                 for stage in range(len(hops) + 1):
-                    i = tick - AHEAD * stage
+                    i = tick - stage
                     if not 0 <= i < len(plan.parts):
                         continue
                     (steps, at), got = plan.parts[i], found[i]
