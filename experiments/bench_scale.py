@@ -3,7 +3,7 @@
     python -m experiments.bench scale [--workdir=runs/bench_scale] [--hosts=2,4] [--only=leaves]
         [--rates=100mbit,10mbit] [--largest=100000000] [--limit=300]
 
-One device: simulated workers from 8 to 1,024, parameters from 1e5 to 1e8, the same parameters in
+One device: simulated workers from 8 to 1,024, parameters from 1e5 to 1e8, 1e6 and 1e8 of them in
 10 to 10,000 leaves; a process each. Then real steps on throttled hosts (needs root) beside the
 predicted ones, and the predicted ones to 4,096 workers. Rows that WORKDIR/rows.jsonl has are kept:
 an interrupted run goes on; a case that failed or did not fit is tried again. Writes scale.md and

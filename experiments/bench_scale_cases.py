@@ -123,7 +123,12 @@ def alone_cases(largest: int = 10**8) -> list[Case]:
         for d in powers(5, 8)
         if d <= largest
     ]
-    cases += [Case("leaves", m, 2, 10**6, n) for m in METHODS[:4] for n in powers(1, 4)]
+    cases += [
+        Case("leaves", method, 2, d, n)
+        for d in (10**6, 10**8)
+        for method in METHODS[:4]
+        for n in powers(1, 4)
+    ]
     return [case for case in cases if case.parameters <= largest]
 
 

@@ -36,11 +36,20 @@ def report(alone: list[dict], between: list[dict]) -> str:
     """Everything as markdown."""
     lines = ["# Cost as the work grows", "", "    python -m experiments.bench scale", ""]
     for grows in GROW:
-        if rows := [row for row in alone if row["grows"] == grows]:
+        for rows in series(alone, grows):
             lines += [*_growth(grows, rows), ""]
     if between:
         lines += [*_predictions(between), "", *_curve(between), ""]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def series(rows: list[dict], grows: str) -> list[list[dict]]:
+    """The rows of one kind of growth; those of other leaves once for each total."""
+    mine = [row for row in rows if row["grows"] == grows]
+    if grows != "leaves":
+        return [mine] if mine else []
+    totals = sorted({row["parameters"] for row in mine})
+    return [[row for row in mine if row["parameters"] == total] for total in totals]
 
 
 def growth(rows: list[dict], grows: str, field: str, method: str) -> float | None:
@@ -64,7 +73,8 @@ def _growth(grows: str, rows: list[dict]) -> list[str]:
         "parameters": "Parameters, 4 simulated workers.",
         "leaves": "The same parameters in more leaves, 2 simulated workers, nothing on a wire.",
     }
-    lines = [f"## {grows.capitalize()}", "", title[grows]]
+    total = f" of {rows[0]['parameters']:,} parameters" if grows == "leaves" else ""
+    lines = [f"## {grows.capitalize()}{total}", "", title[grows]]
     lines += ["`none` is the same step of workers that never communicate (gradient, SGD);"]
     lines += ["`added` is what a method's step takes beyond it.", ""]
     unit = {"workers": "us / worker", "parameters": "ns / parameter", "leaves": "us / leaf"}[grows]
@@ -160,14 +170,12 @@ def draw(alone: list[dict], between: list[dict], path: Path) -> None:
     figure, axes = plt.subplots(1, 4, figsize=(18, 4.2), layout="constrained")
     colours = dict(zip(METHODS, ("tab:gray", "black", "tab:blue", "tab:orange", "tab:green")))
     for axis, grows in zip(axes, GROW):
-        for method in METHODS:
-            points = sorted(
-                (r[grows], r["seconds"])
-                for r in alone
-                if (r["grows"], r["method"]) == (grows, method)
-            )
-            if points:
-                axis.loglog(*zip(*points), "o-", color=colours[method], label=method)
+        for rows, style in zip(series(alone, grows), ("o-", "s--", "^:")):
+            total = f", {rows[0]['parameters']:,}" if grows == "leaves" else ""
+            for method in METHODS:
+                points = sorted((r[grows], r["seconds"]) for r in rows if r["method"] == method)
+                if points:
+                    axis.loglog(*zip(*points), style, color=colours[method], label=method + total)
         axis.set(xlabel=grows, ylabel="seconds a step")
     last, rates = axes[-1], list(dict.fromkeys(row["rate"] for row in between))
     for rate, style in zip(rates, ("-", "--", ":", "-.")):

@@ -79,4 +79,5 @@ def _peak() -> int:
 
 
 if __name__ == "__main__":
+    jaxcomm.keep_memory()
     print(json.dumps(dataclasses.asdict(measure(Case(**json.loads(sys.argv[1]))))))

@@ -73,14 +73,15 @@ def _bytes_table(rows: list[dict]) -> list[str]:
 
 def _times_table(rows: list[dict]) -> list[str]:
     lines = [
-        f"Seconds of one mean (the slowest host, median of {REPEATS}) beside `bytes / rate`, which is",
-        "what the counted bytes need on the link, and `codec`: the same program without its",
+        f"Seconds of one mean (the slowest host, median of {REPEATS}) beside `bytes / rate`, which",
+        "is what the counted bytes need on the link, and `codec`: the same program without its",
         "collectives, run by all hosts at the same time (they share this machine's cores).",
         f"The goal is at most {SLOWEST} times the larger of the two. A token bucket lets the first",
         "0.01 s of bytes after a pause (262 kB at most) pass at once. XLA on CPU runs collectives",
         "and computation of one program one after the other, so that their sum is what to expect;",
-        f"`pipelined` is jaxcomm.PipelinedMean with {BUCKETS} buckets. The hosts keep the memory",
-        "of freed arrays (`jaxcomm.keep_memory`).",
+        f"`pipelined` is jaxcomm.PipelinedMean with {BUCKETS} buckets. Each host keeps to",
+        "its share of the machine's cores, one at least, and keeps the memory of freed arrays",
+        "(`jaxcomm.keep_memory`).",
         "`load` is how many processes of this machine wanted its cores in the minute before.",
         "",
         "| compressor | exchange | hosts | rate | elements | bytes | bytes / rate | codec "

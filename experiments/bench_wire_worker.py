@@ -36,7 +36,7 @@ from experiments.rows import append_row
 from jaxcomm.collectives import exchange_bytes, exchange_mean
 from jaxcomm.traffic.alone import without_communication
 from jaxcomm.traffic.count import count
-from jaxcomm.training.distributed import initialize
+from jaxcomm.training.distributed import PROCESS_ID, PROCESSES, initialize
 from jaxcomm.training.memory import keep_memory
 from jaxcomm.training.pipeline import PipelinedMean
 from jaxcomm.transforms.common import message_key, zero_count
@@ -162,7 +162,15 @@ def _counters() -> list[int]:
     return [*sent, int(match[1])] if match else sent
 
 
+def _keep_to_own_cores() -> None:
+    """This host's share of the machine's cores, at least one: hosts do not move each other."""
+    cores = sorted(os.sched_getaffinity(0))
+    mine, hosts = int(os.environ[PROCESS_ID]), int(os.environ[PROCESSES])
+    os.sched_setaffinity(0, cores[mine % len(cores) :: hosts])
+
+
 def main(todo: str, rows: str, rate: str) -> None:
+    _keep_to_own_cores()
     keep_memory()  # else the page faults of arrays of 40 MB take longer than the codecs
     initialize()
     cases = [Case(**case) for case in json.loads(Path(todo).read_text())]
