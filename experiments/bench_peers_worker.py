@@ -36,7 +36,10 @@ from jaxcomm.training.memory import keep_memory
 from jaxcomm.training.pacing import pace
 
 LOOPBACK = "/sys/class/net/lo/statistics/tx_bytes"
-FEWEST, MOST = 2, 12  # timed steps of a method that meets in every one
+FEWEST, MOST = 2, 30  # timed steps of a method that meets in every one
+WARM = 10  # steps before: DDP rebuilds its buckets after the first, its PowerSGD starts at the
+# third, and memory that is kept grows for as long
+PACED = ("10mbit",)  # a queue of 50 ms is short there; at 100 the bucket's bursts are worth more
 EVALUATIONS = 20
 
 
@@ -136,14 +139,14 @@ class Bench:
         local = self.local(method, size, peer)
         together = method.library == "torch" and method.rounds  # no hook: steps are local's
         alone = local if together else peer.alone
-        for _ in range(3):  # DDP rebuilds its buckets after the first; PowerSGD starts at the third
+        for _ in range(WARM):
             tokens = next(batches)
             for call in (alone, peer.step, local):  # alone begins with the state before the step
                 _seconds(call, tokens)  # together: gloo waits 30 s for who compiles longer
         for case in cases:
             _meet()
             set_rate(case.rate)
-            pace(case.rate if method.library == "jaxcomm" and case.rate else None)
+            pace(case.rate if method.library == "jaxcomm" and case.rate in PACED else None)
             yield self._time(method.rounds, batches, peer.step, alone, local)
         set_rate(RAW)
         pace(None)
