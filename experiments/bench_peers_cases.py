@@ -70,7 +70,7 @@ _TWO_BITS = "compose(block_top_k(0.005), quantize(4))"
 _BUCKETS = "exchange='dense', bucket_bytes=2_000_000"  # shorter sums are faster than one, on gloo
 _FOUR_BITS = f"factors=quantize(4){_TWO_PHASE}"
 _QSR = "qsr(learning_rate, alpha=0.012, h_base=8, warmup_steps=warmup_steps)"
-_SHORT = f"periodic({_EF.format('quantize(2, 1024)', _TWO_PHASE)}, 3, total_steps=steps)"
+_SHORT = f"periodic({_EF.format('ternary(1024)', _TWO_PHASE)}, 3, total_steps=steps)"
 
 METHODS = (  # in turn: neither library has the quieter half of the day
     Method(DENSE, "torch", hook="float32"),
@@ -88,7 +88,7 @@ METHODS = (  # in turn: neither library has the quieter half of the day
     Method("DDP post-local SGD", "torch", hook="post_local", rounds=PERIOD + 1),
     _local("jaxcomm QSR", f"local_sgd(axis_name, {_QSR}, total_steps=steps)", 40),
     _local("jaxcomm DiLoCo", f"diloco(axis_name, {PERIOD}, total_steps=steps)", PERIOD + 1),
-    _local("jaxcomm local, 2 bits, every 3", _SHORT, 9, rate=2.0),
+    _local("jaxcomm local, ternary, every 3", _SHORT, 9, rate=2.0),
     _local(
         "jaxcomm streaming fp4",
         f"streaming_diloco(axis_name, {PERIOD}, 4, total_steps=steps)",

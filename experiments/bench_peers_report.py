@@ -200,11 +200,12 @@ keep freed memory (`jaxcomm.keep_memory`), warm-up left out, methods in turn in 
 hook in a group of one), `overhead` a step minus the same library's step without exchange and codec
 (DDP: `no_sync`), both in the same run.
 Bytes are those of the interface's counter, a host and step. All hosts share this machine's
-cores. At 10 Mbit/s connections of jaxcomm's methods are paced at the link's rate
-(`jaxcomm.pace`), others are as their libraries leave them; TCP uses CUBIC. A bucket that was silent passes 0.01 s of bytes (32 kB at least) at
-once, for everybody. Trajectories do not depend on the link: losses are those of one training
-without a bucket, and seconds to a loss are its steps, each at what its kind (local, meeting, ...)
-costs on the link. `plan` is told the computation and the codec of the same run.
+cores; TCP uses CUBIC. At 10 Mbit/s connections of jaxcomm's methods are paced at the link's rate
+(`jaxcomm.pace`), others are as their libraries leave them. A bucket that was silent passes 0.01 s
+of bytes (32 kB at least) at once, for everybody. Trajectories do not depend on the link: losses
+are those of one training without a bucket, and seconds to a loss are its steps, each at what its
+kind (local, meeting, ...) costs on the link. `plan` is told the computation and the codec of the
+same run.
 Validation loss in nats a byte. Of dense methods on the slowest link only few steps are timed.
 """
 
