@@ -20,6 +20,7 @@ import jaxcomm
 from experiments.bench_scale_cases import Case, bare_step, make_step, tree, tree_loss
 
 REPEATS, BUDGET = 9, 3.0  # steps that are timed; seconds they may take, three at least
+WARM = 6  # steps before them: memory that is kept grows for as long
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,15 +56,17 @@ def measure(case: Case) -> Row:
     traced = time.perf_counter()
     run = lowered.compile()
     compiled = time.perf_counter()
+    for _ in range(WARM):
+        state = jax.block_until_ready(run(state, batch))[0]
     times: list[float] = []
-    while len(times) < 4 or (len(times) < REPEATS + 1 and sum(times) < BUDGET):
+    while len(times) < 3 or (len(times) < REPEATS and sum(times) < BUDGET):
         begin = time.perf_counter()
         state = jax.block_until_ready(run(state, batch))[0]
         times.append(time.perf_counter() - begin)
     count = 0 if step is None else len(jaxcomm.traffic(step, state, batch).every_step)
     return Row(
         **dataclasses.asdict(case),
-        seconds=statistics.median(times[1:]),
+        seconds=statistics.median(times),
         trace_seconds=traced - start,
         compile_seconds=compiled - traced,
         memory_bytes=_peak() - before,

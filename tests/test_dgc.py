@@ -199,6 +199,7 @@ def test_closer_to_momentum_sgd_than_momentum_after_error_feedback():
     assert distance["dgc"] < 0.95 * distance["momentum after"], distance
 
 
+@pytest.mark.slow
 def test_composes():
     composition.check_all(
         lambda: deep_gradient_compression(

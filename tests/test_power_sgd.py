@@ -227,6 +227,7 @@ def make(**options):
     return power_sgd(2, AXIS, min_compression_rate=0, **options)
 
 
+@pytest.mark.slow
 def test_composes():
     composition.check_all(make)
     composition.check_all(lambda: make(start_step=2))
