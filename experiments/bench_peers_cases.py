@@ -67,7 +67,7 @@ def _local(name: str, sync: str, rounds: int, rate: float = 1.0) -> Method:
 _EF = "error_feedback({}, axis_name{})"
 _TWO_PHASE = ", exchange='two_phase'"
 _TWO_BITS = "compose(block_top_k(0.005), quantize(4))"
-_BUCKETS = "exchange='dense', bucket_bytes=2_000_000"  # shorter sums are faster than one, on gloo
+_BUCKETS = "exchange='dense', bucket_bytes=2_000_000"  # shorter sums were faster than one, with BBR
 _FOUR_BITS = f"factors=quantize(4){_TWO_PHASE}"
 _QSR = "qsr(learning_rate, alpha=0.012, h_base=8, warmup_steps=warmup_steps)"
 _SHORT = f"periodic({_EF.format('ternary(1024)', _TWO_PHASE)}, 3, total_steps=steps)"

@@ -220,9 +220,7 @@ def set_rate(rate: str) -> None:
     subprocess.run(["tc", "qdisc", "del", *device], capture_output=True)  # there may be none
     if rate == RAW:
         return
-    bits = netns.parse_rate(rate)
-    burst = min(max(bits / 8 * netns.BURST_SECONDS, netns.BURST_BYTES[0]), netns.BURST_BYTES[1])
-    bucket = f"tbf rate {bits:.0f}bit burst {burst:.0f}b latency {netns.LATENCY * 1e3:.0f}ms"
+    bucket = netns.bucket(netns.parse_rate(rate))
     subprocess.run(["tc", "qdisc", "add", *device, *bucket.split()], check=True)
 
 

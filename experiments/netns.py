@@ -81,6 +81,12 @@ def remove_stale() -> None:
     _remove(name for name, match in found if match and not os.path.exists(f"/proc/{match[1]}"))
 
 
+def bucket(rate: float) -> str:
+    """The token bucket of so many bits a second, as `tc qdisc` takes it."""
+    burst = min(max(rate / 8 * BURST_SECONDS, BURST_BYTES[0]), BURST_BYTES[1])
+    return f"tbf rate {rate:.0f}bit burst {burst:.0f}b latency {LATENCY * 1e3:.0f}ms"
+
+
 class Network:
     """Throttled hosts for as long as the `with` block runs.
 
@@ -156,9 +162,7 @@ class Network:
             ),
         )
         _run("ip", "netns", "exec", name, "sh", "-c", f"echo cubic > {CONGESTION}", check=False)
-        burst = min(max(self.rate / 8 * BURST_SECONDS, BURST_BYTES[0]), BURST_BYTES[1])
-        bucket = f"rate {self.rate:.0f}bit burst {burst:.0f}b latency {LATENCY * 1e3:.0f}ms"
-        _run("tc", "-n", name, *f"qdisc add dev eth0 root tbf {bucket}".split())
+        _run("tc", "-n", name, *f"qdisc add dev eth0 root {bucket(self.rate)}".split())
         os.makedirs(f"{HOST_FILES}/{name}")
         with open(f"{HOST_FILES}/{name}/hosts", "w") as file:  # gloo binds to the host's name
             file.write(f"127.0.0.1 localhost\n{address} {socket.gethostname()}\n")
