@@ -21,7 +21,8 @@ monitor      at every line of metrics of several processes, who is slower than t
              part of the step without communication (compiled once more, and run three times a line)
 pace         the bandwidth of each host's link, such as 10mbit: TCP then sends no faster, and loses
              fewer packets where the queue of a router is short (Linux)
-background   make the transfers of an overlapped sync rule beside the computation
+background   make the transfers of an overlapped sync rule, or without a rule the collectives of
+             every step (one CPU device a process), beside the computation
 """
 
 import ml_collections

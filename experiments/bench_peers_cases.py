@@ -44,6 +44,7 @@ class Method:
         every step.
       key: belongs to the quick comparison.
       rate: times the learning rate of the others.
+      background: of jaxcomm: collectives travel beside the computation.
     """
 
     name: str
@@ -54,10 +55,12 @@ class Method:
     rounds: int = 0
     key: bool = True
     rate: float = 1.0
+    background: bool = False
 
 
-def _compressed(name: str, transform: str, key: bool = True) -> Method:
-    return Method(name, "jaxcomm", f"optax.chain({transform}, optax.adamw(learning_rate))", key=key)
+def _compressed(name: str, transform: str, key: bool = True, background=False) -> Method:
+    chain = f"optax.chain({transform}, optax.adamw(learning_rate))"
+    return Method(name, "jaxcomm", chain, key=key, background=background)
 
 
 def _local(name: str, sync: str, rounds: int, rate: float = 1.0) -> Method:

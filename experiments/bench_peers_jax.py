@@ -50,6 +50,8 @@ def make_step(method: Method, config: Config, task: Task, **where) -> TrainStep:
     }
     tx = evaluate(method.tx, "tx", **scope)
     sync = evaluate(method.sync, "sync", **scope) if method.sync else None
+    if "simulate" not in where:
+        where["background"] = method.background
     return make_train_step(task.loss_fn, tx, axis_name=AXIS, sync=sync, **where)
 
 

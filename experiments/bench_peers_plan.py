@@ -1,7 +1,8 @@
 """What `plan` says of the steps that `experiments.bench peers` measures.
 
 Bytes are counted by tracing the step, no host is needed; computation and codec are those measured
-in the same run (the step without its communication). Links carry the headers of Ethernet frames.
+in the same run (the step without its communication), and what hosts take for messages is the
+communication of the same method on raw loopback. Links carry the headers of Ethernet frames.
 """
 
 import collections
@@ -12,7 +13,7 @@ import jax
 import jaxcomm
 from experiments.bench_peers_cases import BY_NAME, RAW, config
 from experiments.bench_peers_jax import make_step
-from experiments.bench_peers_report import Rows, alone_seconds, step_seconds
+from experiments.bench_peers_report import Rows, alone_seconds, exposed, step_seconds
 from experiments.tasks import make_task
 from jaxcomm.traffic.link import ETHERNET
 
@@ -43,11 +44,14 @@ def predictions(rows: Rows, steps: int) -> dict[tuple, tuple[float, float]]:
         shares = collections.Counter(kinds)
         branches = {tuple(map(int, k)): c / len(kinds) for k, c in shares.items()}
         where = rows, method, size, hosts, rate
+        raw = rows, method, size, hosts, RAW
+        known = (kind, size, method, hosts, RAW) in rows
         predicted = jaxcomm.predict(
             traffic(method, size, hosts, steps),
             jaxcomm.Link.parse(rate, latency=LATENCY, overhead=ETHERNET),
             compute_seconds=row["local"],
             codec_seconds=max(alone_seconds(*where) - row["local"], 0.0),
+            host_seconds=max(exposed(*raw), 0.0) if known else 0.0,
             branches=branches,
         )
         found[size, method, hosts, rate] = predicted.step_seconds, step_seconds(*where)

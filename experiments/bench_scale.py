@@ -20,7 +20,7 @@ from pathlib import Path
 from absl import flags
 
 from experiments import cluster, netns
-from experiments.bench_scale_cases import Case, Link, alone_cases, link_cases
+from experiments.bench_scale_cases import RAW, Case, Link, alone_cases, link_cases
 from experiments.bench_scale_report import draw, report
 from experiments.rows import append_row, read_rows
 
@@ -79,7 +79,9 @@ def run_hosts(links: list[Link], path: Path, limit: float | None = None) -> str:
         todo.write_text(json.dumps([dataclasses.asdict(link) for link in mine]))
         words = ("-m", "experiments.bench_scale_hosts", str(todo), str(path))
         try:
-            outcome = cluster.launch(cluster.Job(words, hosts, rate or None, timeout=limit)).outcome
+            outcome = cluster.launch(
+                cluster.Job(words, hosts, None if rate == RAW else rate, timeout=limit)
+            ).outcome
         except netns.NetworkError as error:
             return f"no throttled hosts: {error}"
         if outcome.exit_code:
@@ -104,7 +106,7 @@ def define_flags() -> None:
     flags.DEFINE_string("workdir", "runs/bench_scale", "Where rows, table and figure go.")
     flags.DEFINE_list("only", "workers,parameters,leaves,hosts", "Which parts.")
     flags.DEFINE_list("hosts", "2,4", "Numbers of real hosts.")
-    flags.DEFINE_list("rates", "100mbit,10mbit", "What each host may send.")
+    flags.DEFINE_list("rates", "raw,100mbit,10mbit", "What each host may send.")
     flags.DEFINE_integer("largest", 10**8, "Largest number of parameters.")
     flags.DEFINE_float("limit", 600.0, "Seconds after which a case is given up.")
 

@@ -13,6 +13,7 @@ import jaxcomm
 from jaxcomm.training.step import TrainStep
 
 AXIS = "workers"
+RAW = "raw"  # the rate of plain loopback
 METHODS = ("none", "dense", "sign two-phase", "ef21 block top-k", "local")
 ROUND = 8  # steps of a local method between two meetings
 ROWS = 32  # examples of a worker, on hosts

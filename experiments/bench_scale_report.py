@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 
 import jaxcomm
-from experiments.bench_scale_cases import METHODS, ROUND, make_step, mlp, mlp_batch, mlp_loss
+from experiments.bench_scale_cases import METHODS, RAW, ROUND, make_step, mlp, mlp_batch, mlp_loss
 from jaxcomm.traffic.link import ETHERNET
 
 GROW = ("workers", "parameters", "leaves")
@@ -24,12 +24,21 @@ def traffic_of(method: str, workers: int) -> jaxcomm.Traffic:
     return jaxcomm.traffic(step, state, jax.tree.map(shape, mlp_batch(1)))
 
 
-def predicted(method: str, workers: int, rate: str, compute: float) -> jaxcomm.Prediction:
+def predicted(
+    method: str, workers: int, rate: str, compute: float, host: float = 0.0
+) -> jaxcomm.Prediction:
     """What `plan` says of a step of the hosts' model."""
     link = jaxcomm.Link.parse(rate, latency=LATENCY, overhead=ETHERNET)
     rare = 1 / ROUND if method == "local" else 1.0
     traffic = traffic_of(method, workers)
-    return jaxcomm.predict(traffic, link, compute_seconds=compute, rounds_per_step=rare)
+    seconds = {"compute_seconds": compute, "host_seconds": host}
+    return jaxcomm.predict(traffic, link, rounds_per_step=rare, **seconds)
+
+
+def host_seconds(rows: list[dict], method: str, hosts: int) -> float:
+    """What a method's communication takes on loopback, if that was measured."""
+    found = [r for r in rows if (r["method"], r["hosts"], r["rate"]) == (method, hosts, RAW)]
+    return max(0.0, found[0]["seconds"] - found[0]["compute_seconds"]) if found else 0.0
 
 
 def report(alone: list[dict], between: list[dict]) -> str:
@@ -116,24 +125,34 @@ def _predictions(rows: list[dict]) -> list[str]:
         "",
         f"A model of {rows[0]['parameters']:,} parameters on real hosts: medians of the slowest",
         "host. `alone` is the same step with the communication removed, all hosts at once. The",
-        f"prediction is `jaxcomm.predict` with it, {ETHERNET} bytes on the wire a byte (frame",
-        f"headers), {1e6 * LATENCY:.0f} us a message. Local meets every {ROUND} steps.",
+        "prediction is `jaxcomm.predict` with it, with what the method's communication takes on",
+        f"raw loopback (step minus alone), {ETHERNET} bytes on the wire a byte (frame headers) and",
+        f"{1e6 * LATENCY:.0f} us a message. Local meets every {ROUND} steps.",
         "",
         "| hosts | link | method | sent bytes | alone | predicted | measured | ratio | load |",
         "|--:|---|---|--:|--:|--:|--:|--:|--:|",
     ]
     ratios = []
     for row in sorted(rows, key=lambda r: (r["hosts"], r["rate"], METHODS.index(r["method"]))):
-        guess = predicted(row["method"], row["hosts"], row["rate"], row["compute_seconds"])
-        ratios.append(guess.step_seconds / row["seconds"])
+        method, hosts, rate, compute = (
+            row[k] for k in ("method", "hosts", "rate", "compute_seconds")
+        )
+        guess, ratio = "", ""
+        if rate != RAW:
+            seconds = predicted(method, hosts, rate, compute, host_seconds(rows, method, hosts))
+            ratios.append(seconds.step_seconds / row["seconds"])
+            guess, ratio = f"{seconds.step_seconds:.4f}", f"{ratios[-1]:.2f}"
         lines.append(
-            f"| {row['hosts']} | {row['rate']} | {row['method']} | {row['sent_bytes']:,.0f} | "
-            f"{row['compute_seconds']:.4f} | {guess.step_seconds:.4f} | {row['seconds']:.4f} | "
-            f"{ratios[-1]:.2f} | {row['load']:.1f} |"
+            f"| {hosts} | {rate} | {method} | {row['sent_bytes']:,.0f} | {compute:.4f} | "
+            f"{guess} | {row['seconds']:.4f} | {ratio} | {row['load']:.1f} |"
         )
     inside = sum(abs(ratio - 1) <= MOST_ERROR for ratio in ratios)
     lines += ["", f"{inside} of {len(ratios)} predictions within {MOST_ERROR:.0%}."]
     return lines
+
+
+def _throttled(rows: list[dict]) -> list[str]:
+    return list(dict.fromkeys(row["rate"] for row in rows if row["rate"] != RAW))
 
 
 def _compute(rows: list[dict], method: str, rate: str) -> float | None:
@@ -151,7 +170,7 @@ def _curve(rows: list[dict]) -> list[str]:
         "| link | method | " + " | ".join(f"{n:,}" for n in CURVE) + " |",
         "|---|---|" + "--:|" * len(CURVE),
     ]
-    for rate in dict.fromkeys(row["rate"] for row in rows):
+    for rate in _throttled(rows):
         for method in METHODS[1:]:
             if (compute := _compute(rows, method, rate)) is not None:
                 seconds = [predicted(method, n, rate, compute).step_seconds for n in CURVE]
@@ -177,8 +196,8 @@ def draw(alone: list[dict], between: list[dict], path: Path) -> None:
                 if points:
                     axis.loglog(*zip(*points), style, color=colours[method], label=method + total)
         axis.set(xlabel=grows, ylabel="seconds a step")
-    last, rates = axes[-1], list(dict.fromkeys(row["rate"] for row in between))
-    for rate, style in zip(rates, ("-", "--", ":", "-.")):
+    last = axes[-1]
+    for rate, style in zip(_throttled(between), ("-", "--", ":", "-.")):
         for method in METHODS[1:]:
             if (compute := _compute(between, method, rate)) is None:
                 continue

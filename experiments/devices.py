@@ -11,11 +11,11 @@ from experiments.config import Config
 def setup_devices(config: Config) -> None:
     """As many CPU devices as this process has workers, before JAX starts.
 
-    Twice as many where transfers run in the background: half of them compute.
+    Twice as many where a sync rule's transfers run in the background: half of them compute.
     """
     processes = int(os.environ.get("JAXCOMM_PROCESSES", "1"))
     if config.mode in ("devices", "pmap") and "JAX_NUM_CPU_DEVICES" not in os.environ:
-        share = max(1, config.workers // processes) * (2 if config.background else 1)
+        share = max(1, config.workers // processes) * (2 if _two_each(config) else 1)
         jax.config.update("jax_num_cpu_devices", share)
 
 
@@ -29,7 +29,7 @@ def with_workers(config: Config) -> Config:
         if config.mode == "simulate":
             raise ValueError("config.workers=0 counts devices: simulated workers need a number")
         count = jax.device_count() if config.mode == "devices" else jax.local_device_count()
-        if config.background and jax.default_backend() == "cpu":
+        if _two_each(config) and jax.default_backend() == "cpu":
             count //= 2  # the others make the transfers
         config = config.copy_and_resolve_references()
         config.workers = count
@@ -39,6 +39,11 @@ def with_workers(config: Config) -> Config:
             f"config.workers={config.workers}"
         )
     return config
+
+
+def _two_each(config: Config) -> bool:
+    """Whether a worker has a second device for its transfers."""
+    return bool(config.background and config.sync)
 
 
 def check_devices(config: Config) -> None:

@@ -137,8 +137,9 @@ def test_refusals():
     step = lambda **options: jaxcomm.make_train_step(
         common.loss_fn, optax.sgd(0.1), axis_name=common.AXIS, background=True, **options
     )
+    with pytest.raises(ValueError, match="simulated ones and pmap"):
+        step(simulate=2)
     for sync in (
-        None,
         jaxcomm.diloco(common.AXIS, 5),
         jaxcomm.streaming_diloco(common.AXIS, 6, 2, delay=0),
     ):

@@ -95,6 +95,19 @@ def test_a_step_is_the_sum_of_its_parts():
         predict(step, ONE_GBIT, codec_seconds=-1)
 
 
+def test_hosts_work_while_bytes_travel():
+    """On a slow link the transfer hides what hosts take for messages, on a fast one not."""
+    step = report(collective("all-reduce", 10**6))
+    seconds = lambda link, host: predict(step, link, compute_seconds=0.1, host_seconds=host)
+    slow, fast = Link.parse("100mbit@1ms"), Link.parse("100gbit@1ms")
+    transfer = 8 * 4e6 * 2 * 3 / 4 / 1e8
+    assert seconds(slow, 0.05).step_seconds == pytest.approx(0.1 + 6e-3 + transfer)
+    assert seconds(slow, 0.5).step_seconds == pytest.approx(0.1 + 6e-3 + 0.5)
+    assert seconds(fast, 0.05).communication_seconds == pytest.approx(6e-3 + 0.05)
+    with pytest.raises(ValueError, match="host_seconds must not be negative"):
+        seconds(slow, -1.0)
+
+
 def test_meetings_are_spread_over_the_steps():
     step = report(
         collective("all-reduce", 10, part="metrics"),

@@ -56,7 +56,7 @@ def manual(axis_name: AxisName) -> bool:
 
 def varying_axes(x) -> frozenset[str]:
     """Mesh axes along which the value differs, from its type (empty under vmap and pmap)."""
-    aval = x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x)
+    aval = x if isinstance(x, (jax.ShapeDtypeStruct, _core.AbstractValue)) else jax.typeof(x)
     kind = getattr(aval, "mat", None) or getattr(aval, "manual_axis_type", None)
     return frozenset(kind.varying if kind is not None else getattr(aval, "vma", None) or ())
 

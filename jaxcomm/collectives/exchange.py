@@ -31,6 +31,11 @@ def check_exchange(exchange: str, where: str, bucket_bytes: int | None = None) -
     """Raises a ValueError for an unknown exchange or a bucket smaller than a float."""
     if exchange not in EXCHANGES:
         raise ValueError(f"{where}: exchange must be one of {EXCHANGES}, got {exchange!r}")
+    check_bucket(bucket_bytes, where)
+
+
+def check_bucket(bucket_bytes: int | None, where: str) -> None:
+    """Raises a ValueError for a bucket smaller than a float."""
     if bucket_bytes is not None and bucket_bytes < 4:
         raise ValueError(
             f"{where}: bucket_bytes must be at least 4 (one float32) or None, got {bucket_bytes}"

@@ -82,6 +82,20 @@ def _(primals, tangents):
     return _fence(*primals), *tangents
 
 
+def leaf_buckets(tree, bucket_bytes: int | None) -> list[list[int]]:
+    """Numbers of the leaves, in tree order, in runs of about so many bytes of float32 each.
+
+    A run ends with the leaf that fills it; None is one run of all.
+    """
+    runs, filled = [[]], 0
+    for i, leaf in enumerate(jax.tree.leaves(tree)):
+        if bucket_bytes is not None and filled >= bucket_bytes:
+            runs, filled = [*runs, []], 0
+        runs[-1].append(i)
+        filled += 4 * math.prod(jnp.shape(leaf))
+    return runs
+
+
 def tree_size(tree) -> int:
     """Number of elements in all leaves."""
     return sum(math.prod(jnp.shape(leaf)) for leaf in jax.tree.leaves(tree))

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from jaxcomm.collectives import axis, primitives
 from jaxcomm.collectives.axis import AxisName
-from jaxcomm.collectives.flatten import flatten
+from jaxcomm.collectives.flatten import flatten, leaf_buckets
 from jaxcomm.compressors.base import Compressor, Payload
 
 
@@ -30,10 +30,17 @@ class Exchanged(NamedTuple):
     server_error: jax.Array | None = None  # shape=(ceil(d/n),), per worker: two-phase only
 
 
-def mean(tree, axis_name: AxisName):
-    """Dense mean of a pytree over the workers: one float32 sum, leaf dtypes kept."""
-    vector, unflatten = flatten(tree)
-    return unflatten(dense_mean(vector, axis_name))
+def mean(tree, axis_name: AxisName, bucket_bytes: int | None = None):
+    """Dense mean of a pytree over the workers: one float32 sum, leaf dtypes kept.
+
+    With `bucket_bytes` it is a sum for every so many bytes of float32, of whole leaves.
+    """
+    leaves, treedef = jax.tree.flatten(tree)
+    means = []
+    for run in leaf_buckets(tree, bucket_bytes):
+        vector, unflatten = flatten([leaves[i] for i in run])
+        means += unflatten(dense_mean(vector, axis_name))
+    return jax.tree.unflatten(treedef, means)
 
 
 def dense_mean(x: jax.Array, axis_name: AxisName) -> jax.Array:

@@ -95,11 +95,11 @@ def _walk(
                     f"the bytes of the collective {eqn.primitive.name!r} over {axes} are not known"
                 )
         repeat = times * eqn.params["length"] if eqn.primitive.name == "scan" else times
-        for label, inner in _inner(eqn):
+        for label, inner in sub_programs(eqn):
             yield from _walk(inner, sizes, repeat, when + label, inside)
 
 
-def _inner(eqn) -> Iterator[tuple[tuple, object]]:
+def sub_programs(eqn) -> Iterator[tuple[tuple, object]]:
     """Sub-programs of an equation, with the branch that each stands for."""
     if eqn.primitive.name == "cond":
         name = _scope(eqn, conditional.SCOPE) or f"{UNMETERED}@{id(eqn)}"

@@ -6,9 +6,13 @@ second, latency L and no other traffic,
     seconds = hops * L + 8 s / B,        hops = 2(n-1) all-reduce (ring), n-1 all-gather (ring),
                                          n-1 all-to-all and reduce-scatter, 1 permute
 
-and the collectives of a step one after another; nothing is assumed to hide behind computation:
+and the collectives of a step one after another, those of meetings in their share of the steps;
+nothing is assumed to hide behind computation:
 
-    step = compute + codec + sum of every step's + share of steps that meet * sum of a meeting's
+    step = compute + codec + latencies + max(transfers, hosts)
+
+where `hosts` is what the communication takes on a link of any bandwidth: the processors' work on
+messages and the waiting for the slowest worker, which go on while bytes are on the wire.
 """
 
 import dataclasses
@@ -54,6 +58,7 @@ class Prediction:
     collectives: tuple[Timed, ...]
     compute_seconds: float
     codec_seconds: float
+    host_seconds: float = 0.0
 
     @property
     def every_step_seconds(self) -> float:
@@ -63,12 +68,12 @@ class Prediction:
     @property
     def sync_seconds_per_step(self) -> float:
         """Communication inside conditionals, spread over all steps."""
-        return self.communication_seconds - self.every_step_seconds
+        return sum(t.seconds_per_step for t in self.collectives if t.collective.when)
 
     @property
     def communication_seconds(self) -> float:
         """All communication a step."""
-        return sum(t.seconds_per_step for t in self.collectives)
+        return self.latency_seconds + max(self.transfer_seconds, self.host_seconds)
 
     @property
     def latency_seconds(self) -> float:
@@ -104,6 +109,7 @@ def predict(
     *,
     compute_seconds: float = 0.0,
     codec_seconds: float = 0.0,
+    host_seconds: float = 0.0,
     rounds_per_step: float = 1.0,
     branches: Mapping[Branches, float] | None = None,
 ) -> Prediction:
@@ -114,6 +120,8 @@ def predict(
       link: the link between workers, or one for each axis: `{"chips": fast, "hosts": slow}`.
       compute_seconds: a step's computation without the method (gradient and optimizer).
       codec_seconds: what encoding and decoding add, a step.
+      host_seconds: what communication takes, a step, where bandwidth does not matter: a step on
+        the loopback or the fastest link minus the same step without communication.
       rounds_per_step: meetings a step (1/8 for `every(8)`): the share of the dearest step, the
         others being the cheapest one.
       branches: instead of it, share of the steps by the branches they take
@@ -132,12 +140,17 @@ def predict(
       >>> round(jaxcomm.predict(step, jaxcomm.Link.parse("100mbit@1ms")).step_seconds, 6)
       0.486
     """
-    for name, value in (("compute_seconds", compute_seconds), ("codec_seconds", codec_seconds)):
+    seconds = {
+        "compute_seconds": compute_seconds,
+        "codec_seconds": codec_seconds,
+        "host_seconds": host_seconds,
+    }
+    for name, value in seconds.items():
         if value < 0:
             raise ValueError(f"predict: {name} must not be negative, got {value}")
     shares = _shares(traffic, link, rounds_per_step, branches)
     timed = (Timed(c, *_seconds(c, link), shares[i]) for i, c in enumerate(traffic.collectives))
-    return Prediction(tuple(timed), compute_seconds, codec_seconds)
+    return Prediction(tuple(timed), **seconds)
 
 
 def _seconds(c: Collective, link: Links) -> tuple[float, float]:

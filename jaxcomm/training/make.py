@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 from jaxcomm.collectives.axis import AxisName
 from jaxcomm.sync._rule import SyncRule
 from jaxcomm.training.background import BackgroundStep
+from jaxcomm.training.overlap import OverlappedStep
 from jaxcomm.training.step import TrainStep
 from jaxcomm.training.workers import Workers
 
@@ -38,6 +39,8 @@ def make_train_step(
       donate: reuse the buffers of the state given to a step, or (on CPU) free them after it.
       background: make the transfers of an overlapped sync rule on CPU devices of the same hosts
         while the others compute (`jaxcomm.training.background`); needs one beside each worker's.
+        Without a rule: run the collectives of a step between CPU hosts beside its computation
+        (`jaxcomm.training.overlap`); give transforms a `bucket_bytes`, so that there are several.
 
     Returns:
       A TrainStep: `state = step.init(params, key)`, `state, metrics = step(state, batch)`,
@@ -45,7 +48,8 @@ def make_train_step(
 
     Raises:
       ValueError: contradictory modes, an axis that the mesh does not have, or a background for
-        a rule without one; later, from `init`: a tx that never communicates, without a sync rule.
+        a rule without one or for simulated workers that exchange gradients; later, from `init`: a
+        tx that never communicates, without a sync rule.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, jaxcomm
@@ -57,5 +61,6 @@ def make_train_step(
       >>> float(metrics["loss"])
       1.0
     """
-    kind = BackgroundStep if background else TrainStep
+    beside = OverlappedStep if sync is None else BackgroundStep
+    kind = beside if background else TrainStep
     return kind(loss_fn, tx, Workers(axis_name, mesh, simulate, pmap), sync, donate)

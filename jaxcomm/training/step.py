@@ -227,11 +227,15 @@ class TrainStep:
 
     def trace(self, state: TrainState, batch):
         """The traced program of one step over the abstract worker axis, in every mode."""
+        return self._traced(state, batch)[0]
+
+    def _traced(self, state: TrainState, batch):
+        """The traced program, and the shapes of what it gives."""
         state = self._checked(state)
         self._locate(state)
         fn = self.workers.trace_map(self._step, *self._signature())
         abstract = jax.tree.map(_abstract, (state, batch))
-        return jax.make_jaxpr(fn)(*abstract)
+        return jax.make_jaxpr(fn, return_shape=True)(*abstract)
 
     def consensus(self, state: TrainState):
         """The one parameter tree to evaluate.

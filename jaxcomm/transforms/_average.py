@@ -11,7 +11,7 @@ import optax
 
 from jaxcomm.collectives import AxisName, flatten
 from jaxcomm.collectives import mean as tree_mean
-from jaxcomm.collectives.exchange import check_exchange, exchange_mean
+from jaxcomm.collectives.exchange import check_bucket, check_exchange, exchange_mean
 from jaxcomm.compressors.base import Compressor
 from jaxcomm.transforms.common import (
     Communication,
@@ -22,15 +22,23 @@ from jaxcomm.transforms.common import (
 )
 
 
-def average(axis_name: AxisName) -> Communication:
+def average(axis_name: AxisName, *, bucket_bytes: int | None = None) -> Communication:
     """Dense mean of the updates over the workers, in float32, leaf dtypes kept.
 
     Args:
       axis_name: name (or tuple of names) of the worker axis.
+      bucket_bytes: a sum for every so many bytes of float32, of whole leaves, so that (with
+        make_train_step's background=True) the first travel while the backward pass goes on; None
+        is one sum.
 
     Returns:
       An Optax transform without state.
+
+    Raises:
+      ValueError: bucket_bytes below 4.
     """
+
+    check_bucket(bucket_bytes, "average")
 
     def init_fn(params):
         del params
@@ -38,7 +46,7 @@ def average(axis_name: AxisName) -> Communication:
 
     def update_fn(updates, state, params=None, **extra):
         del params, extra
-        return tree_mean(updates, axis_name), state
+        return tree_mean(updates, axis_name, bucket_bytes), state
 
     return Communication(init_fn, update_fn)
 

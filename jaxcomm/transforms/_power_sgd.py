@@ -31,7 +31,7 @@ import optax
 
 from jaxcomm.collectives import AxisName, cond, dense_mean, exchange_mean, flatten
 from jaxcomm.collectives.exchange import check_exchange
-from jaxcomm.collectives.flatten import zeros_like_float32
+from jaxcomm.collectives.flatten import leaf_buckets, zeros_like_float32
 from jaxcomm.compressors import Compressor
 from jaxcomm.transforms.common import (
     Communication,
@@ -76,6 +76,7 @@ def power_sgd(
     start_step: int = 0,
     factors: Compressor | None = None,
     exchange: str = "auto",
+    bucket_bytes: int | None = None,
     seed: int = 0,
 ) -> Communication:
     r"""Low-rank mean of the gradients with error feedback.
@@ -96,6 +97,9 @@ def power_sgd(
       start_step: so many steps are dense at first.
       factors: codec of the P and of the Q, such as `quantize(4)`; float32 sums without it.
       exchange: how those travel, see `exchange_mean`.
+      bucket_bytes: two collectives for every so many bytes of float32 gradient, of whole leaves,
+        so that (with make_train_step's background=True) one bucket travels while others are
+        computed; None is two collectives for all.
       seed: seeds the first (or every) Q, the same on all workers, and the codec.
 
     Returns:
@@ -120,12 +124,12 @@ def power_sgd(
       Vogels et al. 2019, PowerSGD (arXiv 1905.13727).
     """
     _check(rank, min_compression_rate, start_step)
-    check_exchange(exchange, "power_sgd")
+    check_exchange(exchange, "power_sgd", bucket_bytes)
     if factors is not None:
         check_compressor(factors, "power_sgd")
 
     def factor_mean(vector, count, hop):
-        """The mean of the workers' P (hop 0) or Q (hop 1), as they travel."""
+        """The mean of the workers' P (an even hop) or Q (an odd one), as they travel."""
         if factors is None:
             return dense_mean(vector, axis_name)
         key = jax.random.fold_in(message_key(seed, count, axis_name, factors), hop)
@@ -147,6 +151,16 @@ def power_sgd(
         drawn = [jax.random.normal(jax.random.fold_in(key, i), s) for i, s in enumerate(shapes)]
         return jax.tree.unflatten(treedef, drawn)
 
+    def buckets_of(tree):
+        """A function for every bucket: of such a tree, its leaves of the bucket."""
+        treedef = jax.tree.structure(tree)
+        pick = lambda inside, leaf: leaf if inside else optax.MaskedNode()
+        chosen = [
+            treedef.unflatten([i in run for i in range(treedef.num_leaves)])
+            for run in leaf_buckets(tree, bucket_bytes)
+        ]
+        return [functools.partial(jax.tree.map, pick, inside) for inside in chosen]
+
     def init_fn(params):
         matrices = partition(params, compressed)[0]
         query = queries(matrices, 0) if warm_start else None
@@ -160,16 +174,20 @@ def power_sgd(
         query = state.query if warm_start else queries(low, state.count)
         total = jax.tree.map(lambda g, e: g.astype(jnp.float32) + e, low, state.error)
 
-        def compress():
-            beside = dense if factors is None else []
-            means = functools.partial(factor_mean, count=state.count)
+        def compress_bucket(number, mine):
+            mine_low, mine_dense = mine(total), mine(dense)
+            means = lambda vector, hop: factor_mean(vector, state.count, 2 * number + hop)
             mean, mean_dense, error, new = _low_rank_mean(
-                total, query, beside, means, own_error=factors is None
+                mine_low, mine(query), mine_dense if factors is None else [], means, factors is None
             )
             if factors is not None:
-                vector, unflatten = flatten(dense)
+                vector, unflatten = flatten(mine_dense)
                 mean_dense = unflatten(dense_mean(vector, axis_name), jnp.float32)
             return combine(mean, mean_dense), error, new
+
+        def compress():
+            found = [compress_bucket(i, mine) for i, mine in enumerate(buckets_of(updates))]
+            return tuple(functools.reduce(combine, parts) for parts in zip(*found))
 
         def all_dense():
             vector, unflatten = flatten((low, dense))

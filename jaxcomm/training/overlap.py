@@ -1,0 +1,113 @@
+"""A step whose collectives travel beside its computation: programs of their own, two threads.
+
+XLA on CPU runs the collectives and the computation of one program one after the other. Here the
+step comes apart (`jaxcomm.training._pieces`), and each piece is a program of its own, dispatched by
+two threads, one for the collectives and one for everything else:
+
+    computing   backward 1 | backward 2 | backward 3 | apply 1 | apply 2 | ...
+    wire                     sum 1                   | sum 2             | sum 3
+
+The values are those of the one program, but for what XLA rounds otherwise in other fusions. It is
+for processes of one CPU device each; with several in one process programs in flight could block
+each other, and the pieces run one after the other. On accelerators XLA overlaps in one program.
+"""
+
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxcomm.collectives import axis
+from jaxcomm.training._pieces import Piece, Program, take_apart
+from jaxcomm.training.step import TrainState, TrainStep
+from jaxcomm.training.workers import Workers
+
+
+class OverlappedStep(TrainStep):
+    """A TrainStep in pieces; see make_train_step(background=)."""
+
+    def __init__(self, loss_fn, tx, workers: Workers, sync, donate: bool):
+        if workers.mesh is None:
+            raise ValueError(
+                "background=True needs workers on devices: simulated ones and pmap have no "
+                "transfers of their own"
+            )
+        super().__init__(loss_fn, tx, workers, sync, donate)
+
+    def _compile(self, state: TrainState):
+        """The step in pieces as a function of `_apart(state)` and the batch."""
+        runs: dict[tuple, tuple[Pieces, Any]] = {}
+
+        def run(sync_state, rest: TrainState, batch):
+            args = (rest._replace(sync_state=sync_state), batch)
+            leaves, treedef = jax.tree.flatten(args)
+            kind = (treedef, *((jnp.shape(x), jnp.result_type(x)) for x in leaves))
+            if kind not in runs:
+                jaxpr, out = self._traced(*args)
+                runs[kind] = Pieces(jaxpr, self.workers), jax.tree.structure(out)
+            pieces, out = runs[kind]
+            return out.unflatten(pieces(leaves))
+
+        return run
+
+
+class Pieces:
+    """A program in pieces, as a function of its arrays."""
+
+    def __init__(self, closed, workers: Workers):
+        self._program, self._workers = Program(closed), workers
+        computing, travelling = take_apart(self._program)
+        self._computing = [(piece, self._jit(piece)) for piece in computing]
+        self._travelling = [(piece, self._jit(piece)) for piece in travelling]
+        assert workers.mesh is not None
+        alone = len(workers.mesh.local_devices) == 1 and workers.platform == "cpu"
+        self._wire = ThreadPoolExecutor(1, "jaxcomm-wire") if alone else None
+
+    def __call__(self, arrays: list) -> list:
+        """The outputs; a piece runs as soon as it can, the most urgent one first."""
+        known = dict(zip(self._program.inputs, arrays))
+        todo, queue = list(self._computing), deque(self._travelling)
+        flying: deque[tuple[Piece, Future]] = deque()
+        while todo or queue or flying:
+            while queue and known.keys() >= set(queue[0][0].inputs):
+                flying.append(self._send(*queue.popleft(), known))
+            ready = next((p for p in todo if known.keys() >= set(p[0].inputs)), None)
+            if ready is None or (flying and flying[0][1].done()):
+                piece, result = flying.popleft()
+                known.update(zip(piece.outputs, result.result()))
+                continue
+            todo.remove(ready)
+            known.update(zip(ready[0].outputs, _run(*ready, known)))
+        return [known[value] for value in self._program.outputs]
+
+    def _send(self, piece: Piece, program, known: dict) -> tuple[Piece, Future]:
+        if self._wire is not None:
+            return piece, self._wire.submit(_run, piece, program, dict(known))
+        result = Future()
+        result.set_result(_run(piece, program, known))
+        return piece, result
+
+    def _jit(self, piece: Piece):
+        names = self._workers.names
+        way = lambda value: self._program.place(value, names)
+
+        def run(*args):
+            args = [x[0] if way(v)[1] else x for v, x in zip(piece.inputs, args)]
+            out = zip(piece.outputs, piece(args))
+            return [axis.varying(x, names)[None] if way(v)[1] else x for v, x in out]
+
+        return jax.jit(
+            jax.shard_map(
+                run,
+                mesh=self._workers.mesh,
+                in_specs=tuple(way(v)[0] for v in piece.inputs),
+                out_specs=[way(v)[0] for v in piece.outputs],
+                axis_names=set(names),
+            )
+        )
+
+
+def _run(piece: Piece, program, known: dict) -> list:
+    return jax.block_until_ready(program(*(known[value] for value in piece.inputs)))
