@@ -12,7 +12,7 @@ for processes of one CPU device each; with several in one process programs in fl
 each other, and the pieces run one after the other. On accelerators XLA overlaps in one program.
 """
 
-from collections import deque
+from collections import Counter, deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -63,31 +63,45 @@ class Pieces:
         self._travelling = [(piece, self._jit(piece)) for piece in travelling]
         assert workers.mesh is not None
         alone = len(workers.mesh.local_devices) == 1 and workers.platform == "cpu"
+        pieces = [*computing, *travelling]
+        self._uses = Counter([*self._program.outputs, *(v for p in pieces for v in p.inputs)])
         self._wire = ThreadPoolExecutor(1, "jaxcomm-wire") if alone else None
 
     def __call__(self, arrays: list) -> list:
         """The outputs; a piece runs as soon as it can, the most urgent one first."""
-        known = dict(zip(self._program.inputs, arrays))
+        known, left = dict(zip(self._program.inputs, arrays)), Counter(self._uses)
         todo, queue = list(self._computing), deque(self._travelling)
         flying: deque[tuple[Piece, Future]] = deque()
+
+        def take(piece: Piece) -> list:
+            values = [known[v] for v in piece.inputs]
+            left.subtract(piece.inputs)
+            for v in piece.inputs:
+                if not left[v]:
+                    del known[v]
+            return values
+
         while todo or queue or flying:
-            while queue and known.keys() >= set(queue[0][0].inputs):
-                flying.append(self._send(*queue.popleft(), known))
-            ready = next((p for p in todo if known.keys() >= set(p[0].inputs)), None)
+            while queue and known.keys() >= {*queue[0][0].inputs}:
+                piece, program = queue.popleft()
+                flying.append((piece, self._send(program, take(piece))))
+            ready = next((p for p in todo if known.keys() >= {*p[0].inputs}), None)
             if ready is None or (flying and flying[0][1].done()):
-                piece, result = flying.popleft()
-                known.update(zip(piece.outputs, result.result()))
-                continue
-            todo.remove(ready)
-            known.update(zip(ready[0].outputs, _run(*ready, known)))
+                piece, sent = flying.popleft()
+                result = sent.result()
+            else:
+                todo.remove(ready)
+                piece, program = ready
+                result = _run(program, take(piece))
+            known.update(zip(piece.outputs, result))
         return [known[value] for value in self._program.outputs]
 
-    def _send(self, piece: Piece, program, known: dict) -> tuple[Piece, Future]:
+    def _send(self, program, values: list) -> Future:
         if self._wire is not None:
-            return piece, self._wire.submit(_run, piece, program, dict(known))
+            return self._wire.submit(_run, program, values)
         result = Future()
-        result.set_result(_run(piece, program, known))
-        return piece, result
+        result.set_result(_run(program, values))
+        return result
 
     def _jit(self, piece: Piece):
         names = self._workers.names
@@ -109,5 +123,5 @@ class Pieces:
         )
 
 
-def _run(piece: Piece, program, known: dict) -> list:
-    return jax.block_until_ready(program(*(known[value] for value in piece.inputs)))
+def _run(program, values: list) -> list:
+    return jax.block_until_ready(program(*values))
