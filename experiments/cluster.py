@@ -15,7 +15,8 @@ Not started again: what ended well, timed out, was stopped by a signal to this p
 user's mistake (code 2). With `--fewer_hosts=M` a rank that was the first to fail in two attempts
 in a row is a host that is gone, and the next attempt has one host less, down to M. JAXCOMM_ATTEMPT
 tells a process which attempt it is part of, from 0. With `--losses=K` up to K processes other than
-rank 0 may fail while the others go on, if the program can (config.on_failure=continue).
+rank 0 may fail while the others go on, if the program can (config.on_failure=continue), but for a
+mistake of the user.
 
 The exit code is 0, or that of the rank that failed (128 + the number of the signal that killed it),
 124 after a time-out, 130 after Ctrl-C, 2 if the job could not be started.
@@ -38,12 +39,12 @@ from rich import box
 from rich.table import Table
 
 from experiments import netns, processes
+from experiments.processes import MISTAKE
 
 # As in jaxcomm.training.distributed, which takes JAX with it; a test compares them.
 COORDINATOR, PROCESSES = "JAXCOMM_COORDINATOR", "JAXCOMM_PROCESSES"
 PROCESS_ID, COUNTER = "JAXCOMM_PROCESS_ID", "JAXCOMM_COUNTER"
 ATTEMPT = "JAXCOMM_ATTEMPT"
-MISTAKE = 2  # exit code of what the user got wrong: the next attempt would be no better
 COORDINATOR_PORT = 7777  # in a namespace, where every port is free
 DEVICE_COUNT = re.compile(r"--xla_force_host_platform_device_count=\S*")
 

@@ -1,11 +1,15 @@
 """What the user got wrong ends a binary with one sentence on stderr and exit code 2.
 
 That is every error of the operating system, and every ValueError that a module of this repository
-raised itself. Anything else is a fault of the program and keeps its traceback.
+raised itself. Anything else is a fault of the program and keeps its traceback. Among several
+processes all end with that code, and process 0 says the sentence.
 """
 
+import contextlib
+import os
 import re
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -13,9 +17,12 @@ from pathlib import Path
 import jax
 from absl import app
 
+from experiments.processes import MISTAKE
+from jaxcomm.training.distributed import client, rank
 from jaxcomm.training.memory import keep_memory
 
 _ROOT = Path(__file__).resolve().parents[1]
+_KEY, _WAIT = "jaxcomm/mistake", 10_000  # milliseconds for the others to find the same
 _OURS = tuple(_ROOT / name for name in ("jaxcomm", "experiments", "configs"))
 
 
@@ -26,10 +33,37 @@ def run(main: Callable[[list[str]], None]) -> None:
         app.run(main)
     except (ValueError, OSError, AttributeError) as error:
         text = sentence(error)
-        if text is None or jax.distributed.is_initialized():  # there others must be told as well
+        if text is None:
             raise
-        print(f"error: {text}", file=sys.stderr)
-        sys.exit(2)
+        if jax.distributed.is_initialized():
+            end_job(text)
+        _say(text)
+        sys.exit(MISTAKE)
+
+
+def end_job(text: str) -> None:
+    """Ends this process of a job; what process 0 found as well it says alone.
+
+    Who found something else says it, too. Process 0 ends last: the others need its service.
+    """
+    service, first, heard = client(), rank() == 0, ""
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # process 0 has not found it, or is gone
+        heard = "" if first else service.blocking_key_value_get(_KEY, _WAIT)
+    if heard != text:
+        _say(text)
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # not all have found it
+        if first:
+            service.key_value_set(_KEY, text)
+        if first or heard:
+            service.wait_at_barrier(f"{_KEY}s", _WAIT)
+    if first:
+        time.sleep(0.2)
+    sys.stdout.flush()
+    os._exit(MISTAKE)
+
+
+def _say(text: str) -> None:
+    print(f"error: {text}", file=sys.stderr, flush=True)
 
 
 def sentence(error: Exception) -> str | None:

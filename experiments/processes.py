@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import TextIO
 
 HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+MISTAKE = 2  # exit code of what the user got wrong: no other attempt would be better
 TIMED_OUT = 124  # as timeout(1)
 DRAIN_SECONDS = 2.0  # for the last lines, should a process that got away hold the pipe
 
@@ -108,7 +109,8 @@ def run(
       timeout: seconds after which the job is ended; None for no limit.
       grace: seconds between SIGTERM and SIGKILL for those that have to be ended.
       deadline: when the time is up (of `time.monotonic`); default: `timeout` from now.
-      losses: how many processes may fail, other than rank 0, while the others go on.
+      losses: how many processes may fail, other than rank 0, while the others go on; but a mistake
+        of the user (code 2) ends all.
 
     Returns:
       how the job ended; every process that it started has ended by then.
@@ -211,7 +213,7 @@ def _watch(
             return 128 + event, f"got {event.name}; ended {_names(running)}"
         running.remove(event)
         if code := ranks[event].reap():
-            if event != 0 and losses > 0 and running:
+            if event != 0 and losses > 0 and running and code != MISTAKE:
                 losses -= 1
                 print(f"lost rank {event}, which {describe(code)}", file=sys.stderr, flush=True)
                 continue

@@ -33,8 +33,8 @@ from experiments.expressions import evaluate as expression
 from experiments.schedules import learning_rate
 from experiments.tasks import Task, make_task
 from jaxcomm.traffic.link import Link
-from jaxcomm.training.checkpoint import Checkpointer, CheckpointError
-from jaxcomm.training.distributed import client, initialize
+from jaxcomm.training.checkpoint import Checkpointer, StorageError
+from jaxcomm.training.distributed import initialize
 from jaxcomm.training.elastic import HEARTBEAT_SECONDS, ElasticStep, prepare
 from jaxcomm.training.local_checkpoint import LocalCheckpointer
 from jaxcomm.training.loop import put_batch, train_loop
@@ -52,8 +52,7 @@ FREE += ("on_failure", "snapshot_every", "stuck_seconds", "standstill_seconds")
 FREE += ("resize", "check_every", "local_checkpoints", "monitor", "pace")
 MONITORS = ("", "processor", "step")
 ON_FAILURE = ("stop", "restart", "continue")
-MISTAKE = 2  # of the user: `experiments.cluster` does not start such a job again
-UNSAVED = 74  # EX_IOERR: a checkpoint could not be written
+UNSAVED = 74  # EX_IOERR: a checkpoint could not be written or read
 COUNTER = "JAXCOMM_COUNTER"
 
 
@@ -209,17 +208,24 @@ def _checkpointer(config: Config, workdir: str, elastic: bool) -> Checkpointer |
 
 @contextlib.contextmanager
 def _named_failures(watchdog: Watchdog):
-    """Among several processes, a failed collective or save ends this one with one sentence."""
+    """Among several processes, a failed collective or save ends this one with one sentence.
+
+    What goes wrong after the first step is no mistake in the config: another attempt may go well.
+    """
     try:
         yield
-    except (jax.errors.JaxRuntimeError, CheckpointError) as error:
+    except (jax.errors.JaxRuntimeError, StorageError) as error:
         if jax.process_count() == 1:
             raise
         line = str(error).strip().splitlines()[0]
         if culprit := watchdog.blame():
             give_up(f"{culprit} ({line})")
-        if isinstance(error, CheckpointError):
+        if isinstance(error, StorageError):
             give_up(line, UNSAVED)
+        raise
+    except (ValueError, OSError) as error:
+        if jax.process_count() > 1 and watchdog.started:
+            raise RuntimeError(f"the run failed: {error}") from error
         raise
 
 
@@ -286,14 +292,6 @@ def main(_: list[str]) -> None:
     setup_devices(config)
     initialize(**(prepare() if config.on_failure == "continue" else {}))
     workdir = FLAGS.workdir or default_workdir(config_flags.get_config_filename(FLAGS["config"]))
-    try:
-        with_workers(config)
-    except ValueError as error:
-        if jax.process_count() > 1:  # all find the same; who still comes up needs process 0 for it
-            with contextlib.suppress(jax.errors.JaxRuntimeError):
-                client().wait_at_barrier("jaxcomm/mistake", 10_000)
-            give_up(str(error), MISTAKE)
-        raise
     if config.on_failure != "stop":
         job.keep_programs(str(Path(workdir).absolute() / "compiled"))
     train_and_evaluate(config, workdir)

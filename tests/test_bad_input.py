@@ -273,6 +273,7 @@ FIELDS = {
     ),
     "decay": ({"learning_rate": {"decay": "linear"}}, "decay must be 'cosine' or .*got 'linear'"),
     "warm-up": ({"steps": 2}, "warmup_steps must be in .*config.steps=2"),
+    "interval": ({"log_every": 0}, "log_every must be at least 1 step, got 0"),
     "unknown name": ({"tx": "chain(average(axis_name))"}, "config.tx = .*there is no 'chain'"),
     "unknown optimizer": ({"tx": "optax.sgdd(0.1)"}, "there is no optax.sgdd"),
     "swapped": ({"tx": "ef21(axis_name, top_k(0.1))"}, "config.tx = .*compressor must be"),

@@ -89,16 +89,6 @@ def test_a_job_goes_on_with_the_hosts_that_are_left(tmp_path):
         assert checkpointer.latest() == STEPS
 
 
-@pytest.mark.slow
-def test_a_batch_that_the_hosts_do_not_divide_is_the_users_mistake(tmp_path, capfd):
-    report = launch(tmp_path, 2, "", fields={"batch_size": 63}, restarts=5)
-    assert report.outcome.exit_code == cluster.MISTAKE
-    assert report.failures == ()
-    err = capfd.readouterr().err
-    assert "error: config.batch_size=63 is not divisible by config.workers=2" in err
-    assert "Traceback" not in err
-
-
 def test_as_many_workers_as_devices():
     config = smoke(workers=0, batch_size=64)
     assert with_workers(config).workers == 8

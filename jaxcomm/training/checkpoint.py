@@ -39,6 +39,10 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be written, found or used; the message is one sentence."""
 
 
+class StorageError(CheckpointError):
+    """The system could not write or read a checkpoint; another attempt may go well."""
+
+
 class CorruptCheckpointError(CheckpointError):
     """A checkpoint whose files are not those that were written."""
 
@@ -135,8 +139,8 @@ class Checkpointer:
           False if there is a checkpoint of this step already and ``force`` is not set.
 
         Raises:
-          CheckpointError: this or the previous save failed, or there is a later checkpoint that
-            this run did not start from.
+          StorageError: this or the previous save failed.
+          CheckpointError: there is a later checkpoint that this run did not start from.
         """
         self.wait()
         if self._writers == "first":
@@ -147,9 +151,11 @@ class Checkpointer:
         self._restored = None
         from_all = _storage.from_all if self._writers == "all" else _storage.from_this
         rows = from_all([plan, data_state])
-        name, problem = rows[0][0]
-        if problem:
-            raise CheckpointError(problem)
+        name, unwritten, later = rows[0][0]
+        if unwritten:
+            raise StorageError(unwritten)
+        if later:
+            raise CheckpointError(later)
         if name is None:
             return False
         flat = _storage.flatten(state)
@@ -166,7 +172,7 @@ class Checkpointer:
         try:
             written = self._start(self._dir / name, flat)
         except Exception as error:
-            raise CheckpointError(self._unwritten(step, error)) from error
+            raise StorageError(self._unwritten(step, error)) from error
         self._pending = step, self._pool.submit(self._seal, self._dir / name, meta, written)
         if not self._async:
             self.wait()
@@ -193,6 +199,7 @@ class Checkpointer:
         Raises:
           CheckpointError: there is none, or it is of another configuration, number of workers or
             tree.
+          StorageError: it could not be read.
           CorruptCheckpointError: its files (without ``step``: those of all) are damaged.
         """
         self.wait()
@@ -226,13 +233,13 @@ class Checkpointer:
         return max(self._agreed(), default=None)
 
     def wait(self) -> None:
-        """Waits for the save in progress; raises CheckpointError if it failed."""
+        """Waits for the save in progress; raises StorageError if it failed."""
         if self._pending is not None:
             (step, future), self._pending = self._pending, None
             try:
                 future.result()
             except Exception as error:
-                raise CheckpointError(self._unwritten(step, error)) from error
+                raise StorageError(self._unwritten(step, error)) from error
 
     def close(self) -> None:
         """Waits for the save in progress and ends the background thread."""
@@ -272,21 +279,22 @@ class Checkpointer:
             write_marker(path, meta)
             self._files.prune(self._keep)
 
-    def _plan(self, step: int, force: bool) -> tuple[str | None, str | None]:
-        """Process 0: (directory name or None if there is nothing to do, what is wrong)."""
+    def _plan(self, step: int, force: bool) -> tuple[str | None, str, str]:
+        """Process 0: (directory name or None for nothing to do, what failed, what forbids)."""
         try:
             self._files.set_aside(self._restored)
             found, name = self._files.found(), self._files.free_name(step)
         except OSError as error:
-            return None, self._unwritten(step, error)
+            return None, self._unwritten(step, error), ""
         if step in found and not force:
-            return None, None
+            return None, "", ""
         if step < max(found, default=step):
-            return None, (
+            later = (
                 f"{self._dir} holds a checkpoint of step {max(found)}, later than step {step}: "
                 "restore from it, remove it or use another directory"
             )
-        return name, None
+            return None, "", later
+        return name, "", ""
 
     def _agreed(self) -> dict[int, str]:
         """Directory names of the complete checkpoints by step, as process 0 sees them."""
@@ -312,7 +320,7 @@ class Checkpointer:
                 with self._context:
                     values = ocp.load(str(path), abstract or _NOTHING)
         except Exception as error:
-            raise CheckpointError(f"{where} could not be read: {_line(error)}") from error
+            raise StorageError(f"{where} could not be read: {_line(error)}") from error
         if written is not state_like:
             state = _resized(values, written, state_like)
         else:

@@ -78,6 +78,11 @@ def client() -> Any:
     return found
 
 
+def rank() -> int:
+    """This process's number in its job, which needs no device; 0 on its own."""
+    return _distributed.global_state.process_id
+
+
 def _explicit(coordinator, processes, process_id) -> tuple[str, int, int] | None:
     """The three values from the arguments or the environment; None if there are none."""
     given = {

@@ -72,7 +72,12 @@ def train_loop(
       watchdog: is told of every step.
       monitor: is called with the step and its `seconds` after every line of metrics, on every
         process (`StragglerMonitor`).
+
+    Raises:
+      ValueError: `log_every` is less than 1.
     """
+    if log_every < 1:
+        raise ValueError(f"log_every must be at least 1 step, got {log_every}")
     account, clock, seconds = Account(step), Stopwatch(), 0.0
     if checkpointer is not None and checkpointer.latest() is not None:
         state, position, extra = checkpointer.restore(state, resize=resize)

@@ -156,6 +156,11 @@ class Watchdog:
             with self._lock:
                 self._watch.step(step, time.monotonic())
 
+    @property
+    def started(self) -> bool:
+        """Whether this process has ended a step."""
+        return self._step > 0
+
     def forget(self, rank: int) -> None:
         """A process that is known to be gone is not waited for."""
         if self._watch is not None:
