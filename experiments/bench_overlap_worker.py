@@ -174,6 +174,7 @@ def _seconds(call: Callable) -> float:
 
 
 def main(rows: str, rate: str, ratio: str, work: str, *names: str) -> None:
+    jaxcomm.keep_memory()
     # a computation that takes every core leaves none to the transfers
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {ONE_THREAD}"
     initialize()

@@ -35,7 +35,6 @@ from jaxcomm.training.distributed import initialize
 from jaxcomm.training.memory import keep_memory
 from jaxcomm.training.pacing import pace
 
-LOOPBACK = "/sys/class/net/lo/statistics/tx_bytes"
 FEWEST, MOST = 2, 30  # timed steps of a method that meets in every one
 WARM = 10  # steps before: DDP rebuilds its buckets after the first, its PowerSGD starts at the
 # third, and memory that is kept grows for as long
@@ -201,7 +200,7 @@ def _counter_path() -> str | None:
 
 
 def _counter() -> int:
-    return int(Path(_counter_path() or LOOPBACK).read_text())
+    return int(Path(_counter_path() or netns.LOOPBACK).read_text())
 
 
 def _bytes_of(call: Callable[[], None], repeats: int) -> float:

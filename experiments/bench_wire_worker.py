@@ -23,6 +23,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from experiments import netns
 from experiments.bench_wire_cases import (
     BUCKETS,
     PIPELINED,
@@ -40,8 +41,6 @@ from jaxcomm.training.distributed import PROCESS_ID, PROCESSES, initialize
 from jaxcomm.training.memory import keep_memory
 from jaxcomm.training.pipeline import PipelinedMean
 from jaxcomm.transforms.common import message_key, zero_count
-
-LOOPBACK = "/sys/class/net/lo/statistics/tx_bytes"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +151,7 @@ def _seconds(call: Callable, argument) -> float:
 def _counters() -> list[int]:
     """This host's transmitted bytes: by its interface, and by its token bucket if it has one."""
     path = os.environ.get("JAXCOMM_COUNTER")
-    sent = [int(Path(path or LOOPBACK).read_text())]
+    sent = [int(Path(path or netns.LOOPBACK).read_text())]
     if path is None:
         return sent
     shown = subprocess.run(

@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from experiments import job
+from experiments import command_line, job
 from experiments.config import Config
 from experiments.devices import setup_devices
 from experiments.train import train_and_evaluate
@@ -312,4 +312,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("workdir", "runs/compare", "Where results go.")
     flags.mark_flag_as_required("configs")
     job.define_flags()
-    app.run(main)
+    command_line.run(main)

@@ -22,6 +22,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 COUNTER = "/sys/class/net/eth0/statistics/tx_bytes"  # as a host sees it
+LOOPBACK = "/sys/class/net/lo/statistics/tx_bytes"  # without namespaces: of all hosts together
 CONGESTION = "/proc/sys/net/ipv4/tcp_congestion_control"
 HOST_FILES = "/etc/netns"  # `ip netns exec` mounts what is in here over /etc
 NAMESPACES = "/var/run/netns"

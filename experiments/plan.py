@@ -21,6 +21,7 @@ from ml_collections import config_flags
 from rich.console import Console
 
 import jaxcomm
+from experiments import command_line
 from experiments.alone import branch_shares, mean_seconds, time_alone, traffic_for
 from experiments.compare import load_config
 from experiments.config import Config
@@ -241,4 +242,4 @@ if __name__ == "__main__":
     flags.DEFINE_float("compute_ms", None, "Milliseconds of a step's computation; default: timed.")
     flags.DEFINE_float("codec_ms", None, "Milliseconds of the codec in a step; default: timed.")
     flags.DEFINE_string("workdir", None, "Where to write plan.json.")
-    app.run(main)
+    command_line.run(main)

@@ -14,11 +14,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 from rich.console import Console
 from rich.table import Table
 
+from experiments import command_line
 from experiments.config import Config
 from experiments.problems import PROBLEMS, Problem
 from experiments.theory_runs import Curve, run_method
@@ -136,4 +137,4 @@ if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, "Config file.", lock_config=True)
     flags.DEFINE_string("workdir", None, "Where results go; default runs/<config name>.")
     flags.mark_flag_as_required("config")
-    app.run(main)
+    command_line.run(main)
