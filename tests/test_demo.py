@@ -21,18 +21,19 @@ PARAMS = {"w": jnp.zeros((20, 12)), "b": jnp.ones((7,)), "c": jnp.zeros((2, 3, 1
 def track(tx, steps, n=N, x0=PARAMS):
     """Params, gradients and states by step, worker axis first; gradients differ by worker."""
 
-    def worker(bias):
-        def one_round(carry, t):
+    rng, bias = np.random.default_rng(0), np.linspace(-1, 1, n)
+    draw = lambda v: rng.normal(bias, size=(*v.shape, steps, n)).astype(np.float32).T
+
+    def worker(noise):
+        def one_round(carry, drawn):
             x, state = carry
-            key = jax.random.fold_in(jax.random.key(t), jax.lax.axis_index(AXIS))
-            draw = lambda v: jax.random.normal(jax.random.fold_in(key, v.size), v.shape) + bias
-            g = jax.tree.map(lambda v: draw(v) + v, x)
+            g = jax.tree.map(lambda v, z: v + z.T, x, drawn)
             updates, new = tx.update(g, state, x)
             return (optax.apply_updates(x, updates), new), (x, g, new)
 
-        return jax.lax.scan(one_round, (x0, tx.init(x0)), jnp.arange(steps))
+        return jax.lax.scan(one_round, (x0, tx.init(x0)), noise)
 
-    return jax.jit(jax.vmap(worker, axis_name=AXIS))(jnp.linspace(-1, 1, n))
+    return jax.jit(jax.vmap(worker, axis_name=AXIS))(jax.tree.map(draw, x0))
 
 
 @pytest.mark.parametrize(

@@ -23,11 +23,11 @@ SYNC = "diloco(axis_name, 7, total_steps=steps)"
 EAGER = "eager_diloco(axis_name, 7, total_steps=steps)"
 
 
-def start(workdir: Path, *overrides: str) -> subprocess.Popen:
+def start(workdir: Path, *overrides: str, **variables: str) -> subprocess.Popen:
     command = [sys.executable, "-m", "experiments.train", "--config=configs/digits_dense.py:smoke"]
     command += [f"--workdir={workdir}", "--config.steps=60", "--config.checkpoint_every=5"]
     command += ["--config.log_every=1", *(f"--config.{o}" for o in overrides)]
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | variables
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
@@ -56,7 +56,8 @@ def lines(workdir: Path) -> list[dict]:
 def leaves(workdir: Path, overrides: tuple[str, ...]) -> dict[str, np.ndarray]:
     """Every leaf of the last checkpoint's state."""
     config = digits_dense.get_config("smoke")
-    config.update({k: v == "True" or v for k, v in (o.split("=", 1) for o in overrides)})
+    fields = {k: v == "True" or v for k, v in (o.split("=", 1) for o in overrides)}
+    config.update_from_flattened_dict(fields)
     task = make_task(config)
     step = make_step(config, task.loss_fn)
     like = step.init(task.init(jax.random.key(7)), jax.random.key(8))
@@ -75,7 +76,7 @@ def _bits(x) -> np.ndarray:
 @pytest.mark.parametrize(
     ("overrides", "sign", "code"),
     [
-        ((f"tx={TX}",), signal.SIGKILL, -signal.SIGKILL),
+        (("task.model.kind=mlp", f"tx={TX}"), signal.SIGKILL, -signal.SIGKILL),
         pytest.param(
             ("tx=optax.adamw(learning_rate)", f"sync={SYNC}"),
             signal.SIGTERM,
@@ -93,12 +94,15 @@ def _bits(x) -> np.ndarray:
 )
 def test_killed_run_goes_on_bit_for_bit(overrides, sign, code, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    finish(start(whole, *overrides))
-    process = start(parts, *overrides)
+    kept = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled")}  # all run one program
+    kept["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    kept["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+    finish(start(whole, *overrides, **kept))
+    process = start(parts, *overrides, **kept)
     stop_after(process, parts, 10, sign)
     finish(process, code)
     assert not (parts / "summary.json").exists(), "the run ended before the signal"
-    finish(start(parts, *overrides))
+    finish(start(parts, *overrides, **kept))
     assert lines(parts) == lines(whole)
     expected, found = leaves(whole, overrides), leaves(parts, overrides)
     assert found.keys() == expected.keys()

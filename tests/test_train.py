@@ -23,7 +23,6 @@ from jaxcomm.training.checkpoint import Checkpointer
 from jaxcomm.training.step import TrainStep
 
 ROOT = Path(__file__).parents[1]
-QUICK = {"digits_ef21"}  # the kills below are of two quick ones as well
 LONG = {"lm_ef21", "lm_qsr"}  # tested for what they learn
 STEPS = 40
 
@@ -55,18 +54,28 @@ def timeless(workdir):
     return [{k: v for k, v in row.items() if k != "seconds"} for row in rows(workdir)]
 
 
+def latest(workdir):
+    """The step of the last checkpoint."""
+    with Checkpointer(Path(workdir) / "checkpoints") as checkpointer:
+        return checkpointer.latest()
+
+
 def files(workdir):
     return {p: p.stat().st_mtime_ns for p in Path(workdir).rglob("*") if p.is_file()}
 
 
 @pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in NAMES if n not in LONG],
+    ("name", "kind"),
+    [
+        ("digits_ef21", "mlp"),  # compiles in half the time
+        *(pytest.param(n, "", marks=pytest.mark.slow) for n in NAMES if n not in LONG),
+    ],
 )
-def test_smoke(name, tmp_path, capsys):
+def test_smoke(name, kind, tmp_path, capsys):
     steps = 10
     config = load(name, steps=steps, log_every=4, evaluate_every=5, checkpoint_every=4)
     config.learning_rate.warmup_steps = 2
+    config.task.model.kind = kind or config.task.model.kind
     summary = train_and_evaluate(config, str(tmp_path))
     check_outputs(config, tmp_path, summary)
     check_bytes(config, rows(tmp_path))
@@ -97,7 +106,7 @@ def check_outputs(config, workdir, summary):
         values = [row[field] for row in logged]
         assert values == sorted(values), field
     assert logged[-1]["sent_bytes"] == stored["sent_bytes"] > 0
-    assert Checkpointer(workdir / "checkpoints").latest() == config.steps
+    assert latest(workdir) == config.steps
     assert list((workdir / "tensorboard").iterdir())
 
 
@@ -214,7 +223,7 @@ def test_an_interrupted_run_continues_bit_for_bit(
     assert code == (-9 if signum == signal.SIGKILL else 143)
     assert not (workdir / "summary.json").exists()
     logged = rows(workdir)[-1]["step"]
-    saved = Checkpointer(workdir / "checkpoints").latest()
+    saved = latest(workdir)
     assert 4 <= saved <= logged < STEPS
     if signum == signal.SIGTERM:
         assert saved == logged  # at once, not at the next multiple of four
