@@ -62,9 +62,9 @@ def make_step(method: str, loss_fn, **where) -> TrainStep:
 
 
 def bare_step(params, batch):
-    """What 'none' is: gradient and optimizer of workers who never hear of each other."""
-    grads = jax.vmap(jax.grad(tree_loss), (0, 0, None))(params, batch, None)
-    return optax.apply_updates(params, jax.tree.map(lambda g: -1e-3 * g, grads)), ()
+    """What 'none' is: loss, gradient, optimizer of workers who never hear of each other."""
+    losses, grads = jax.vmap(jax.value_and_grad(tree_loss), (0, 0, None))(params, batch, None)
+    return optax.apply_updates(params, jax.tree.map(lambda g: -1e-3 * g, grads)), losses
 
 
 def tree(parameters: int, leaves: int) -> dict:

@@ -84,7 +84,7 @@ def _growth(grows: str, rows: list[dict]) -> list[str]:
     }
     total = f" of {rows[0]['parameters']:,} parameters" if grows == "leaves" else ""
     lines = [f"## {grows.capitalize()}{total}", "", title[grows]]
-    lines += ["`none` is the same step of workers that never communicate (gradient, SGD);"]
+    lines += ["`none` is the same step of workers that never communicate (loss, gradient, SGD);"]
     lines += ["`added` is what a method's step takes beyond it.", ""]
     unit = {"workers": "us / worker", "parameters": "ns / parameter", "leaves": "us / leaf"}[grows]
     scale = 1e9 if grows == "parameters" else 1e6

@@ -10,6 +10,7 @@ import math
 import jax
 from jax import lax
 from jax._src import core as _core  # no public way to list the bound axes or the current trace
+from jax._src.interpreters.batching import BatchTracer
 
 AxisName = str | tuple[str, ...]
 
@@ -52,6 +53,11 @@ def index(axis_name: AxisName) -> jax.Array:
 def manual(axis_name: AxisName) -> bool:
     """True if every axis belongs to a mesh (shard_map, pmap), False if one is simulated (vmap)."""
     return set(axes(axis_name)) <= set(jax.sharding.get_abstract_mesh().manual_axes)
+
+
+def simulated(x, axis_name: AxisName) -> bool:
+    """True if vmap maps the value along the axis right here: everyone's lie in one array."""
+    return isinstance(x, BatchTracer) and x._trace.axis_data.name in axes(axis_name)
 
 
 def varying_axes(x) -> frozenset[str]:

@@ -27,10 +27,9 @@ def flatten(tree) -> tuple[jax.Array, Callable]:
     Raises:
       TypeError: a leaf is not a real floating-point array.
     """
+    check_floating(tree)
     leaves, treedef = jax.tree.flatten(tree)
     leaves = [jnp.asarray(leaf) for leaf in leaves]
-    if not all(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves):
-        _refuse(tree)
     own = [(leaf.shape, leaf.dtype) for leaf in leaves]
     sizes = [math.prod(shape) for shape, _ in own]
     flat = [lax.reshape(leaf.astype(jnp.float32), (n,)) for leaf, n in zip(leaves, sizes)]
@@ -106,7 +105,8 @@ def zeros_like_float32(tree):
     return jax.tree.map(lambda x: jnp.zeros(jnp.shape(x), jnp.float32), tree)
 
 
-def _refuse(tree) -> None:
+def check_floating(tree) -> None:
+    """Raises the TypeError of `flatten`, which names the leaf."""
     for path, leaf in jax.tree.leaves_with_path(tree):
         dtype = jnp.asarray(leaf).dtype
         if not jnp.issubdtype(dtype, jnp.floating):

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from jaxcomm.collectives import axis, primitives
 from jaxcomm.collectives.axis import AxisName
-from jaxcomm.collectives.flatten import flatten, leaf_buckets
+from jaxcomm.collectives.flatten import check_floating, flatten, leaf_buckets
 from jaxcomm.compressors.base import Compressor, Payload
 
 
@@ -33,9 +33,14 @@ class Exchanged(NamedTuple):
 def mean(tree, axis_name: AxisName, bucket_bytes: int | None = None):
     """Dense mean of a pytree over the workers: one float32 sum, leaf dtypes kept.
 
-    With `bucket_bytes` it is a sum for every so many bytes of float32, of whole leaves.
+    With `bucket_bytes` it is a sum for every so many bytes of float32, of whole leaves. Simulated
+    workers share a memory: each leaf is summed where it is, and nothing is joined.
     """
+    check_floating(tree)
     leaves, treedef = jax.tree.flatten(tree)
+    if all(axis.simulated(x, axis_name) for x in leaves):
+        one = lambda x: dense_mean(x.astype(jnp.float32), axis_name).astype(x.dtype)
+        return jax.tree.map(one, tree)
     means = []
     for run in leaf_buckets(tree, bucket_bytes):
         vector, unflatten = flatten([leaves[i] for i in run])
@@ -44,7 +49,7 @@ def mean(tree, axis_name: AxisName, bucket_bytes: int | None = None):
 
 
 def dense_mean(x: jax.Array, axis_name: AxisName) -> jax.Array:
-    """Dense mean of a float32 vector over the workers."""
+    """Dense mean of a float32 array over the workers."""
     return primitives.all_sum(x, axis_name) / axis.size(axis_name)
 
 

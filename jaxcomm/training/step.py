@@ -22,6 +22,8 @@ from jax.core import Tracer
 
 from jaxcomm.collectives import all_sum, axis
 from jaxcomm.collectives.conditional import Choices, record_choices
+from jaxcomm.collectives.flatten import DIRECT, flatten
+from jaxcomm.collectives.primitives import sum_rows
 from jaxcomm.sync._rule import SyncRule
 from jaxcomm.traffic.count import count
 from jaxcomm.traffic.ledger import METRICS, UNMETERED
@@ -91,7 +93,7 @@ class TrainStep:
 
     def _apply(self, state: TrainState, grads, metrics, obj_fn):
         finite, sync, sync_state = (
-            _all_finite((metrics["loss"], grads)),
+            _all_finite(metrics["loss"], grads),
             self._sync,
             state.sync_state,
         )
@@ -359,8 +361,11 @@ def _delete(old, new) -> None:
             x.delete()
 
 
-def _all_finite(tree) -> jax.Array:
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]))
+def _all_finite(loss, grads) -> jax.Array:
+    """One reduction a leaf; many leaves are joined first, as compressing methods do anyway."""
+    leaves = jax.tree.leaves(grads)
+    parts = leaves if len(leaves) <= DIRECT else [flatten(grads)[0]]
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in [loss, *parts]]))
 
 
 def _typed(key):
@@ -380,7 +385,7 @@ def _over_workers(place: Place, x):
         return x
     if not jnp.issubdtype(x.dtype, jnp.floating):
         return x[0]
-    return jnp.mean(x.astype(jnp.float32), axis=0).astype(x.dtype)
+    return (sum_rows(x.astype(jnp.float32)) / x.shape[0]).astype(x.dtype)
 
 
 def _abstract(x):
