@@ -70,14 +70,13 @@ def _local(name: str, sync: str, rounds: int, rate: float = 1.0) -> Method:
 _EF = "error_feedback({}, axis_name{})"
 _TWO_PHASE = ", exchange='two_phase'"
 _TWO_BITS = "compose(block_top_k(0.005), quantize(4))"
-_BUCKETS = "exchange='dense', bucket_bytes=2_000_000"  # shorter sums were faster than one, with BBR
 _FOUR_BITS = f"factors=quantize(4){_TWO_PHASE}"
 _QSR = "qsr(learning_rate, alpha=0.012, h_base=8, warmup_steps=warmup_steps)"
 _SHORT = f"periodic({_EF.format('ternary(1024)', _TWO_PHASE)}, 3, total_steps=steps)"
 
 METHODS = (  # in turn: neither library has the quieter half of the day
     Method(DENSE, "torch", hook="float32"),
-    _compressed("jaxcomm dense", f"compressed_average(identity(), axis_name, {_BUCKETS})"),
+    _compressed("jaxcomm dense", "average(axis_name, bucket_bytes=2_000_000)", background=True),
     Method("plain JAX dense", "jax"),
     Method("DDP fp16 hook", "torch", hook="fp16"),
     _compressed("jaxcomm sign, two-phase", _EF.format("sign()", _TWO_PHASE)),

@@ -20,6 +20,7 @@ from experiments.tasks import Task
 from jaxcomm.traffic.alone import without_communication
 from jaxcomm.training.loop import put_batch
 from jaxcomm.training.make import make_train_step
+from jaxcomm.training.overlap import OverlappedStep
 from jaxcomm.training.step import TrainStep
 
 Arrays = dict[str, np.ndarray]
@@ -79,10 +80,14 @@ class Jaxcomm:
         self._mine = out[: len(self._mine)]
 
     def _start_alone(self, batch) -> None:
+        self._mine = [x.addressable_data(0).copy() for x in jax.tree.leaves(self._state)]
+        if isinstance(self._step, OverlappedStep):
+            pieces = self._step.alone(self._state, batch)
+            self._alone = lambda *leaves: pieces(list(leaves))
+            return
         workers = self._step.workers
         traced = self._step.trace(self._state, batch)
         run = without_communication(traced, dict(zip(workers.names, workers.sizes)))
-        self._mine = [x.addressable_data(0).copy() for x in jax.tree.leaves(self._state)]
         self._alone = jax.jit(run)  # a step on CPU does not reuse its state's buffers either
 
     def params(self) -> Arrays:

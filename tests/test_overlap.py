@@ -11,6 +11,9 @@ from composition import PARAMS, batch, loss_fn
 import jaxcomm
 from jaxcomm.compressors import quantize, sign, top_k
 from jaxcomm.training._pieces import Program, take_apart
+from jaxcomm.training.overlap import JoinedStep
+from jaxcomm.training.step import TrainStep
+from jaxcomm.training.workers import Workers
 
 AXIS = common.AXIS
 ADAMW = optax.adamw(0.01)
@@ -54,6 +57,38 @@ def layers_loss(params, batch, key):
     for w in params:
         batch = jnp.tanh(batch @ w)
     return jnp.mean(batch**2)
+
+
+@pytest.mark.parametrize("name", ["one sum", "two-phase", "power_sgd", "conditional"])
+def test_joined_sums_change_no_bit(name):
+    """What hosts run: the small sum of metrics travels with another where there is one."""
+    results = []
+    for kind in (TrainStep, JoinedStep):
+        workers = Workers(AXIS, common.mesh(4))
+        step = kind(loss_fn, CHAINS[name](), workers, None, True)
+        state = step.init(PARAMS, jax.random.key(0))
+        for i in range(3):
+            state, metrics = step(state, batch(i))
+        results.append((common.host(state), common.host(metrics)))
+    assert common.same(*results)
+
+
+def test_alone_is_the_same_work_without_communication():
+    """With equal batches one worker alone does what all of them do."""
+    step = jaxcomm.make_train_step(
+        loss_fn, CHAINS["average"](), axis_name=AXIS, mesh=common.mesh(2), background=True
+    )
+    state = step.init(PARAMS, jax.random.key(0))
+    equal = jax.tree.map(lambda x: np.concatenate([x[:4], x[:4]]), batch(0))
+    alone = step.alone(state, equal)
+    mine = jax.tree.map(lambda x: x[:4], equal)
+    leaves = [jnp.array(x) for x in jax.tree.leaves((state, mine))]
+    found = alone(leaves)
+    state, _ = step(state, equal)
+    expected = jax.tree.leaves(state.params)
+    at = len(jax.tree.leaves(state.step))
+    for a, b in zip(found[at : at + len(expected)], expected):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
 WIDTHS = (40, 41, 42, 43, 44)

@@ -44,12 +44,13 @@ def _run(jaxpr, consts, leaves: Sequence, sizes: dict[str, int]) -> list:
     values = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *leaves)))
     read = lambda atom: atom.val if hasattr(atom, "val") else values[atom]
     for eqn in jaxpr.eqns:
-        out = _equation(eqn, [read(atom) for atom in eqn.invars], sizes)
+        out = stand_in(eqn, [read(atom) for atom in eqn.invars], sizes)
         values.update(zip(eqn.outvars, out))
     return [read(atom) for atom in jaxpr.outvars]
 
 
-def _equation(eqn, args: list, sizes: dict[str, int]) -> list:
+def stand_in(eqn, args: list, sizes: dict[str, int]) -> list:
+    """What an equation gives without communication."""
     name, params = eqn.primitive.name, eqn.params
     if axes := named_axes(eqn):
         return _stand_ins(eqn, args, math.prod(sizes.get(axis, 1) for axis in axes))
@@ -62,7 +63,12 @@ def _equation(eqn, args: list, sizes: dict[str, int]) -> list:
         return _while(params, args, sizes)
     if (inner := _inlined(params)) is not None:
         return _closed(inner, args, sizes)
-    out = eqn.primitive.bind(*args, **eqn.primitive.get_bind_params(params))
+    return bind(eqn, args)
+
+
+def bind(eqn, args: list) -> list:
+    """What an equation gives."""
+    out = eqn.primitive.bind(*args, **eqn.primitive.get_bind_params(eqn.params))
     return list(out) if eqn.primitive.multiple_results else [out]
 
 
@@ -115,10 +121,10 @@ def _stand_ins(eqn, args: list, n: int) -> list:
     outs = [var.aval for var in eqn.outvars]
     if name not in OPS:  # a change of type: nothing moves
         return args
-    return [_stand_in(name, eqn.params, x, out, n) for x, out in zip(args, outs)]
+    return [_received(name, eqn.params, x, out, n) for x, out in zip(args, outs)]
 
 
-def _stand_in(name: str, params, x, out, n: int):
+def _received(name: str, params, x, out, n: int):
     op = OPS[name]
     if op == "all-reduce":
         return x * n if "psum" in name else x

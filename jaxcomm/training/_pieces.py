@@ -37,7 +37,7 @@ class Constant(NamedTuple):
 
 
 class Op(NamedTuple):
-    """An operation on numbered values."""
+    """An operation on numbered values; `run(bind, *values)` gives its outputs."""
 
     run: Callable[..., Sequence]
     inputs: tuple[int, ...]
@@ -52,11 +52,11 @@ class Piece(NamedTuple):
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
 
-    def __call__(self, args: Iterable) -> list:
-        """The outputs for the inputs, one worker's."""
+    def __call__(self, args: Iterable, bind: Callable[[Any, list], Sequence]) -> list:
+        """The outputs for the inputs, one worker's; `bind(eqn, values)` gives an equation's."""
         known = dict(zip(self.inputs, args))
         for op in self.ops:
-            known.update(zip(op.outputs, op.run(*(known[v] for v in op.inputs))))
+            known.update(zip(op.outputs, op.run(bind, *(known[v] for v in op.inputs))))
         return [known[v] for v in self.outputs]
 
 
@@ -103,7 +103,7 @@ class Program:
         """The number of an output, which may be a constant."""
         if not isinstance(value, Constant):
             return value
-        self.ops.append(Op(lambda: [value.value], (), (self._new(None),)))
+        self.ops.append(Op(lambda _: [value.value], (), (self._new(None),)))
         return self.ops[-1].outputs[0]
 
     def _flatten(self, jaxpr, consts, args: Sequence) -> list:
@@ -145,6 +145,25 @@ def take_apart(program: Program) -> tuple[list[Piece], list[Piece]]:
     urgent = [groups[key] for key in sorted(groups)]
     pieces = _cut([*urgent, *([op] for op in journeys)], free, kept)
     return pieces[: len(urgent)], pieces[len(urgent) :]
+
+
+def in_one(program: Program) -> tuple[list[Piece], list[Piece]]:
+    """The whole program as one piece, its small sums joined with others."""
+    ops = _alive(program)
+    journeys = _joined(program, _ordered(program, ops))
+    sent = {v for op in journeys for v in op.outputs}
+    waiting = [*(op for op in ops if not sent & {*op.outputs}), *journeys]
+    order, known = [], {*program.inputs}
+    while waiting:
+        late = []
+        for op in waiting:
+            if known.issuperset(op.inputs):
+                order.append(op)
+                known.update(op.outputs)
+            else:
+                late.append(op)
+        waiting = late
+    return [Piece(tuple(order), tuple(program.inputs), tuple(program.outputs))], []
 
 
 def _cut(groups: list[list[Op]], free: dict[int, Op], kept: set[int]) -> list[Piece]:
@@ -211,9 +230,9 @@ def _joined(program: Program, order: list[Op]) -> list[Op]:
         before = result[-1] if result else None
         if before and _can_join(program, before, op):
 
-            def run(*values, first=before):
+            def run(bind, *values, first=before):
                 vector, unflatten = flatten(values)
-                return unflatten(first.run(vector)[0])
+                return unflatten(first.run(bind, vector)[0])
 
             values = (*before.inputs, *op.inputs), (*before.outputs, *op.outputs)
             result[-1] = Op(run, *values, op.eqn)
@@ -264,11 +283,9 @@ def _travels(eqn) -> bool:
 def _bound(eqn, inputs: Sequence) -> Callable[..., Sequence]:
     """The equation as a function of those of its inputs that are no constants."""
 
-    def run(*values):
+    def run(bind, *values):
         left = iter(values)
-        args = [v.value if isinstance(v, Constant) else next(left) for v in inputs]
-        out = eqn.primitive.bind(*args, **eqn.primitive.get_bind_params(eqn.params))
-        return out if eqn.primitive.multiple_results else [out]
+        return bind(eqn, [v.value if isinstance(v, Constant) else next(left) for v in inputs])
 
     return run
 

@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 from jaxcomm.collectives.axis import AxisName
 from jaxcomm.sync._rule import SyncRule
 from jaxcomm.training.background import BackgroundStep
-from jaxcomm.training.overlap import OverlappedStep
+from jaxcomm.training.overlap import JoinedStep, OverlappedStep
 from jaxcomm.training.step import TrainStep
 from jaxcomm.training.workers import Workers
 
@@ -61,6 +61,9 @@ def make_train_step(
       >>> float(metrics["loss"])
       1.0
     """
-    beside = OverlappedStep if sync is None else BackgroundStep
-    kind = beside if background else TrainStep
-    return kind(loss_fn, tx, Workers(axis_name, mesh, simulate, pmap), sync, donate)
+    workers = Workers(axis_name, mesh, simulate, pmap)
+    if sync is None:
+        kind = OverlappedStep if background else JoinedStep if workers.on_hosts else TrainStep
+    else:
+        kind = BackgroundStep if background else TrainStep
+    return kind(loss_fn, tx, workers, sync, donate)

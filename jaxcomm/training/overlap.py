@@ -13,20 +13,47 @@ each other, and the pieces run one after the other. On accelerators XLA overlaps
 """
 
 from collections import Counter, deque
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxcomm.collectives import axis
-from jaxcomm.training._pieces import Piece, Program, take_apart
+from jaxcomm.traffic.alone import bind, stand_in
+from jaxcomm.training._pieces import Piece, Program, in_one, take_apart
 from jaxcomm.training.step import TrainState, TrainStep
 from jaxcomm.training.workers import Workers
 
 
-class OverlappedStep(TrainStep):
+class JoinedStep(TrainStep):
+    """A TrainStep whose small sums travel with others: between processes each meeting costs."""
+
+    _cut = staticmethod(in_one)
+
+    def _compile(self, state: TrainState):
+        """The step as a function of `_apart(state)` and the batch, compiled for each shape."""
+        runs: dict[tuple, tuple[Pieces, Any]] = {}
+
+        def run(sync_state, rest: TrainState, batch):
+            args = (rest._replace(sync_state=sync_state), batch)
+            leaves, treedef = jax.tree.flatten(args)
+            kind = (treedef, *((jnp.shape(x), jnp.result_type(x)) for x in leaves))
+            if kind not in runs:
+                jaxpr, out = self._traced(*args)
+                runs[kind] = Pieces(jaxpr, self.workers, self._cut), jax.tree.structure(out)
+            pieces, out = runs[kind]
+            return out.unflatten(pieces(leaves))
+
+        return run
+
+
+class OverlappedStep(JoinedStep):
     """A TrainStep in pieces; see make_train_step(background=)."""
+
+    _cut = staticmethod(take_apart)
 
     def __init__(self, loss_fn, tx, workers: Workers, sync, donate: bool):
         if workers.mesh is None:
@@ -36,36 +63,32 @@ class OverlappedStep(TrainStep):
             )
         super().__init__(loss_fn, tx, workers, sync, donate)
 
-    def _compile(self, state: TrainState):
-        """The step in pieces as a function of `_apart(state)` and the batch."""
-        runs: dict[tuple, tuple[Pieces, Any]] = {}
-
-        def run(sync_state, rest: TrainState, batch):
-            args = (rest._replace(sync_state=sync_state), batch)
-            leaves, treedef = jax.tree.flatten(args)
-            kind = (treedef, *((jnp.shape(x), jnp.result_type(x)) for x in leaves))
-            if kind not in runs:
-                jaxpr, out = self._traced(*args)
-                runs[kind] = Pieces(jaxpr, self.workers), jax.tree.structure(out)
-            pieces, out = runs[kind]
-            return out.unflatten(pieces(leaves))
-
-        return run
+    def alone(self, state: TrainState, batch) -> "Pieces":
+        """The pieces without communication, as a function of one worker's arrays."""
+        return Pieces(self.trace(state, batch), self.workers, self._cut, communicate=False)
 
 
 class Pieces:
-    """A program in pieces, as a function of its arrays."""
+    """A program in pieces, as a function of its arrays.
 
-    def __init__(self, closed, workers: Workers):
+    Args:
+      closed: the program, see `Program`.
+      workers: who runs it.
+      cut: how it comes apart: `take_apart` or `in_one`.
+      communicate: or one worker alone, on its blocks, who imagines n equal ones.
+    """
+
+    def __init__(self, closed, workers: Workers, cut: Callable, communicate: bool = True):
         self._program, self._workers = Program(closed), workers
-        computing, travelling = take_apart(self._program)
-        self._computing = [(piece, self._jit(piece)) for piece in computing]
-        self._travelling = [(piece, self._jit(piece)) for piece in travelling]
-        assert workers.mesh is not None
-        alone = len(workers.mesh.local_devices) == 1 and workers.platform == "cpu"
+        computing, travelling = cut(self._program)
+        compiled = self._jit if communicate else self._jit_alone
+        self._computing = [(piece, compiled(piece)) for piece in computing]
+        self._travelling = [(piece, compiled(piece)) for piece in travelling]
         pieces = [*computing, *travelling]
         self._uses = Counter([*self._program.outputs, *(v for p in pieces for v in p.inputs)])
-        self._wire = ThreadPoolExecutor(1, "jaxcomm-wire") if alone else None
+        assert workers.mesh is not None
+        alone = len(workers.mesh.local_devices) == 1 and workers.platform == "cpu"
+        self._wire = ThreadPoolExecutor(1, "jaxcomm-wire") if alone and travelling else None
 
     def __call__(self, arrays: list) -> list:
         """The outputs; a piece runs as soon as it can, the most urgent one first."""
@@ -109,7 +132,7 @@ class Pieces:
 
         def run(*args):
             args = [x[0] if way(v)[1] else x for v, x in zip(piece.inputs, args)]
-            out = zip(piece.outputs, piece(args))
+            out = zip(piece.outputs, piece(args, bind))
             return [axis.varying(x, names)[None] if way(v)[1] else x for v, x in out]
 
         return jax.jit(
@@ -121,6 +144,10 @@ class Pieces:
                 axis_names=set(names),
             )
         )
+
+    def _jit_alone(self, piece: Piece):
+        sizes = dict(zip(self._workers.names, self._workers.sizes))
+        return jax.jit(lambda *args: piece(args, partial(stand_in, sizes=sizes)))
 
 
 def _run(program, values: list) -> list:

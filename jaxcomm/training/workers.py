@@ -90,6 +90,12 @@ class Workers:
         return jax.default_backend() if self.mesh is None else self.mesh.devices.flat[0].platform
 
     @property
+    def on_hosts(self) -> bool:
+        """Whether the workers are CPU devices of several processes."""
+        devices = [] if self.mesh is None else self.mesh.devices.flat
+        return self.platform == "cpu" and len({d.process_index for d in devices}) > 1
+
+    @property
     def abstract_mesh(self) -> AbstractMesh:
         """A mesh with the worker axes for tracing; no devices are needed."""
         if self.mesh is not None:
