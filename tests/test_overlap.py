@@ -82,8 +82,8 @@ def test_alone_is_the_same_work_without_communication():
     equal = jax.tree.map(lambda x: np.concatenate([x[:4], x[:4]]), batch(0))
     alone = step.alone(state, equal)
     mine = jax.tree.map(lambda x: x[:4], equal)
-    leaves = [jnp.array(x) for x in jax.tree.leaves((state, mine))]
-    found = alone(leaves)
+    own = [x.addressable_data(0) for x in jax.tree.leaves(state)]
+    found = alone([*own, *map(jnp.asarray, jax.tree.leaves(mine))])
     state, _ = step(state, equal)
     expected = jax.tree.leaves(state.params)
     at = len(jax.tree.leaves(state.step))
