@@ -123,10 +123,14 @@ def test_last_layers_leave_first():
     # the first message waits for the forward pass and the last layer alone
     assert matmuls(computing[0]) == 5
     assert sum(map(matmuls, computing)) == 4 + 4 + 3
-    # every layer's update is a piece that wants its own sum (and those of metrics and flags)
+    # updates follow the sums, the first two layers' together: the flags came with the second
     arrived = [{*piece.outputs} for piece in travelling]
-    wanting = [p for p in computing if any(own & {*p.inputs} for own in arrived)]
-    assert len(wanting) >= 4
+    wanting = [[own & {*p.inputs} != set() for own in arrived] for p in computing]
+    assert sorted(filter(any, wanting), reverse=True) == [
+        [True, True, False, False],
+        [False, False, True, False],
+        [False, False, False, True],
+    ]
 
 
 def test_the_small_sum_of_metrics_joins_another():

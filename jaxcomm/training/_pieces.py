@@ -4,9 +4,9 @@ The traced program of one worker is a list of operations. Each collective is a p
 they travel in one order, the same on all workers. With it every other operation has two numbers:
 `after`, the last collective that it depends on, and `due`, the first one that depends on it.
 Operations of the same two numbers are one piece: it can run as soon as collective `after` has
-arrived, and should have when `due` is to leave. So the gradients of the last layers, which a
-backward pass finds first, are on their way while it goes on, and what has arrived is applied while
-the rest travels.
+arrived, and should have when `due` is to leave. What no collective waits for runs with the first
+operation that uses it. So the gradients of the last layers, which a backward pass finds first, are
+on their way while it goes on, and what has arrived is applied while the rest travels.
 
 The order of the collectives is the one for a slow network, where the first large message travels
 for longer than everything takes that it does not hold up: first what needs the least computation,
@@ -25,6 +25,7 @@ from jaxcomm.collectives.flatten import flatten
 from jaxcomm.traffic.count import OPS, named_axes, sub_programs
 
 SMALL = 4096  # bytes of a message that need not wait for larger ones
+MANY = 64  # collectives
 NEVER = 1 << 30  # the number of a collective that does not exist
 # they give as many bytes as they take, or more: done again in every piece that wants them
 _FREE = {"broadcast_in_dim", "expand_dims", "pcast", "pvary", "reshape", "squeeze"}
@@ -124,7 +125,7 @@ class Program:
 def take_apart(program: Program) -> tuple[list[Piece], list[Piece]]:
     """The pieces that compute, the most urgent first, and those that travel, in their order."""
     ops = _alive(program)
-    journeys = _joined(program, _ordered(program, ops))
+    journeys = _journeys(program, ops)
     travelling = {v: i for i, op in enumerate(journeys) for v in op.outputs}
     computing = [op for op in ops if not travelling.keys() & op.outputs]
     kept = set(program.outputs)
@@ -136,13 +137,20 @@ def take_apart(program: Program) -> tuple[list[Piece], list[Piece]]:
         after |= {v: latest for v in op.outputs if v not in travelling}
     due = {v: i for i, op in reversed([*enumerate(journeys)]) for v in op.inputs}
     groups: dict[tuple[int, int], list[Op]] = {}
+    users: dict[int, set[int]] = {}  # when those start that nobody waits for
     for op in reversed(computing):
         first = min((due.get(v, NEVER) for v in op.outputs), default=NEVER)
         due |= {v: min(first, due.get(v, NEVER)) for v in op.inputs}
+        starts = set[int]().union(*(users.get(v, ()) for v in op.outputs))
         if not free.keys() & op.outputs:
             start = max((after.get(v, -1) for v in op.inputs), default=-1)
-            groups.setdefault((first, start), []).insert(0, op)
-    urgent = [groups[key] for key in sorted(groups)]
+            if first == NEVER and not kept & {*op.outputs}:
+                start = min(starts, default=start)  # with its user, which need not read it
+            groups.setdefault((first, start), []).append(op)
+            starts = {start} if first == NEVER else set()
+        for v in op.inputs:
+            users[v] = users.get(v, set()) | starts
+    urgent = [groups[key][::-1] for key in sorted(groups)]
     pieces = _cut([*urgent, *([op] for op in journeys)], free, kept)
     return pieces[: len(urgent)], pieces[len(urgent) :]
 
@@ -150,7 +158,7 @@ def take_apart(program: Program) -> tuple[list[Piece], list[Piece]]:
 def in_one(program: Program) -> tuple[list[Piece], list[Piece]]:
     """The whole program as one piece, its small sums joined with others."""
     ops = _alive(program)
-    journeys = _joined(program, _ordered(program, ops))
+    journeys = _journeys(program, ops)
     sent = {v for op in journeys for v in op.outputs}
     waiting = [*(op for op in ops if not sent & {*op.outputs}), *journeys]
     order, known = [], {*program.inputs}
@@ -193,8 +201,13 @@ def _with_free(group: list[Op], free: dict[int, Op]) -> list[Op]:
     return [*found.values()]
 
 
+def _journeys(program: Program, ops: list[Op]) -> list[Op]:
+    """What travels, in its order; of very many collectives that of the program."""
+    found = [op for op in ops if _travels(op.eqn)]
+    return _joined(program, _ordered(program, ops)) if len(found) <= MANY else found
+
+
 def _ordered(program: Program, ops: list[Op]) -> list[Op]:
-    """The collectives in the order in which they travel."""
     source = {value: i for i, op in enumerate(ops) for value in op.outputs}
     waiting = {i: _needs(i, ops, source) for i, op in enumerate(ops) if _travels(op.eqn)}
     others = {i: needs & waiting.keys() for i, needs in waiting.items()}

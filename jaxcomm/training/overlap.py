@@ -92,6 +92,8 @@ class Pieces:
 
     def __call__(self, arrays: list) -> list:
         """The outputs; a piece runs as soon as it can, the most urgent one first."""
+        if not self._travelling and len(self._computing) == 1:
+            return self._computing[0][1](*arrays)
         known, left = dict(zip(self._program.inputs, arrays)), Counter(self._uses)
         todo, queue = list(self._computing), deque(self._travelling)
         flying: deque[tuple[Piece, Future]] = deque()
