@@ -92,7 +92,9 @@ def test_a_job_goes_on_with_the_hosts_that_are_left(tmp_path):
 def test_as_many_workers_as_devices():
     config = smoke(workers=0, batch_size=64)
     assert with_workers(config).workers == 8
-    assert with_workers(smoke(workers=0, batch_size=64, background=True)).workers == 4
+    rule = {"background": True, "sync": "eager_diloco(axis_name, 5)"}  # two devices a worker
+    assert with_workers(smoke(workers=0, batch_size=64, **rule)).workers == 4
+    assert with_workers(smoke(workers=0, batch_size=64, background=True)).workers == 8
     assert with_workers(smoke(workers=0, batch_size=64, mode="pmap")).workers == 8
     assert config.workers == 0
     assert with_workers(smoke(workers=3, batch_size=63)).workers == 3
