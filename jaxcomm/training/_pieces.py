@@ -211,14 +211,17 @@ def _ordered(program: Program, ops: list[Op]) -> list[Op]:
     source = {value: i for i, op in enumerate(ops) for value in op.outputs}
     waiting = {i: _needs(i, ops, source) for i, op in enumerate(ops) if _travels(op.eqn)}
     others = {i: needs & waiting.keys() for i, needs in waiting.items()}
-    work = {i: sum(program.size(ops[j].outputs) for j in waiting[i]) for i in waiting}
+    work = {
+        i: (sum(program.size(ops[j].outputs) for j in needs), len(needs))
+        for i, needs in waiting.items()
+    }
     large = {i: program.size(ops[i].inputs) > SMALL for i in waiting}
     order: dict[int, int] = {}
 
     def urgency(i: int):
         if not order:
-            return (work[i], i)
-        return (max((order[j] for j in others[i]), default=-1), large[i], work[i], i)
+            return (*work[i], i)
+        return (max((order[j] for j in others[i]), default=-1), large[i], *work[i], i)
 
     while len(order) < len(waiting):
         possible = [i for i in waiting if i not in order and others[i] <= order.keys()]
