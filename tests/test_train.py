@@ -75,7 +75,8 @@ def test_smoke(name, kind, tmp_path, capsys):
     steps = 10
     config = load(name, steps=steps, log_every=4, evaluate_every=5, checkpoint_every=4)
     config.learning_rate.warmup_steps = 2
-    config.task.model.kind = kind or config.task.model.kind
+    if kind:
+        config.task.model.kind = kind
     summary = train_and_evaluate(config, str(tmp_path))
     check_outputs(config, tmp_path, summary)
     check_bytes(config, rows(tmp_path))
