@@ -197,8 +197,7 @@ TEXT = """\
 Seconds a step of the slowest host, medians; one thread a process for both libraries, which both
 keep freed memory (`jaxcomm.keep_memory`), warm-up left out, methods in turn in one process a host.
 `exposed` is a step minus the same step with its communication removed (codecs stay; DDP: the same
-hook in a group of one; jaxcomm dense, which is a step in pieces: the same pieces), `overhead` a step
-minus the same library's step without exchange and codec (DDP: `no_sync`), both in the same run.
+hook in a group of one; jaxcomm dense, a step in pieces: the same pieces), `overhead` a step minus the same library's step without exchange and codec (DDP: `no_sync`), both in the same run.
 Bytes are those of the interface's counter, a host and step. All hosts share this machine's
 cores; TCP uses CUBIC. At 10 Mbit/s connections of jaxcomm's methods are paced at the link's rate
 (`jaxcomm.pace`), others are as their libraries leave them. A bucket that was silent passes 0.01 s

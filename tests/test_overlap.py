@@ -9,8 +9,9 @@ import pytest
 from composition import PARAMS, batch, loss_fn
 
 import jaxcomm
-from jaxcomm.compressors import quantize, sign, top_k
-from jaxcomm.training._pieces import Program, take_apart
+from jaxcomm.compressors import compose, quantize, sign, top_k
+from jaxcomm.traffic.count import OPS, named_axes
+from jaxcomm.training._pieces import Program, in_one, take_apart
 from jaxcomm.training.overlap import JoinedStep
 from jaxcomm.training.step import TrainStep
 from jaxcomm.training.workers import Workers
@@ -30,6 +31,15 @@ CHAINS = {
     ),
     "conditional": lambda: jaxcomm.one_bit_adam(0.01, AXIS, warmup_steps=2),
     "sign": lambda: jaxcomm.signum(0.01, AXIS),
+    "factors": lambda: optax.chain(
+        jaxcomm.power_sgd(
+            2, AXIS, min_compression_rate=0, factors=quantize(4), exchange="two_phase"
+        ),
+        ADAMW,
+    ),
+    "sparse": lambda: optax.chain(
+        jaxcomm.error_feedback(compose(top_k(0.2), quantize(4)), AXIS, bucket_bytes=64), ADAMW
+    ),
 }
 
 
@@ -59,9 +69,9 @@ def layers_loss(params, batch, key):
     return jnp.mean(batch**2)
 
 
-@pytest.mark.parametrize("name", ["one sum", "two-phase", "power_sgd", "conditional"])
-def test_joined_sums_change_no_bit(name):
-    """What hosts run: the small sum of metrics travels with another where there is one."""
+@pytest.mark.parametrize("name", ["one sum", "two-phase", "power_sgd", "factors", "sparse"])
+def test_joined_messages_change_no_bit(name):
+    """What hosts run: parts of a payload are one message, metrics travel with another sum."""
     results = []
     for kind in (TrainStep, JoinedStep):
         workers = Workers(AXIS, common.mesh(4))
@@ -99,10 +109,10 @@ def layers():
     return [draw(i) / 7 for i in range(len(WIDTHS) - 1)]
 
 
-def pieces_of(tx, fn=layers_loss):
+def pieces_of(tx, fn=layers_loss, cut=take_apart):
     step = jaxcomm.make_train_step(fn, tx, axis_name=AXIS, mesh=common.mesh(2))
     state = step.init(layers(), jax.random.key(0))
-    return take_apart(Program(step.trace(state, jnp.ones((4, WIDTHS[0])))))
+    return cut(Program(step.trace(state, jnp.ones((4, WIDTHS[0])))))
 
 
 def sums(travelling):
@@ -140,6 +150,24 @@ def test_the_small_sum_of_metrics_joins_another():
     assert sorted(inputs) == [1, 1, 1, 2]
     _, one = pieces_of(optax.chain(jaxcomm.average(AXIS), optax.sgd(0.1)))
     assert len(one) == 1
+
+
+@pytest.mark.parametrize(
+    ("chain", "messages"),
+    [
+        (lambda: jaxcomm.error_feedback(sign(), AXIS, exchange="two_phase"), 2),
+        (lambda: jaxcomm.ef21(top_k(0.2), AXIS), 1),
+        (lambda: jaxcomm.error_feedback(top_k(0.2), AXIS, bucket_bytes=4 * 1720), 5),
+    ],
+)
+@pytest.mark.parametrize("cut", [take_apart, in_one])
+def test_a_payload_is_one_message(chain, messages, cut):
+    """Values, scales and indices travel as one, whole buckets apart; a sum for the metrics."""
+    tx = optax.chain(chain(), optax.sgd(0.1))
+    travelling = [op for part in pieces_of(tx, cut=cut) for p in part for op in p.ops if op.eqn]
+    names = [op.eqn.primitive.name for op in travelling if named_axes(op.eqn)]
+    names = [name for name in names if name in OPS]
+    assert len(names) == messages + 1
 
 
 def test_a_bad_gradient_is_skipped_by_all():

@@ -11,6 +11,8 @@ import jax
 from jax import lax
 from jax._src import core as _core  # no public way to list the bound axes or the current trace
 from jax._src.interpreters.batching import BatchTracer
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
 
 AxisName = str | tuple[str, ...]
 
@@ -76,6 +78,20 @@ def varying(tree, axis_name: AxisName):
         return lax.pcast(x, missing, to="varying") if missing else x
 
     return jax.tree.map(cast, tree)
+
+
+_equal = Primitive("jaxcomm_equal")
+mlir.register_lowering(_equal, lambda _, x, names: [x])
+
+
+@_equal.def_abstract_eval
+def _equal_type(x, names):
+    return x.update(manual_axis_type=x.mat.update(varying=x.mat.varying.difference(names)))
+
+
+def equal(x: jax.Array, axis_name: AxisName) -> jax.Array:
+    """The same value, typed as equal along the axis, to which the caller has seen."""
+    return _equal.bind(x, names=axes(axis_name))
 
 
 def match_varying(tree, types):

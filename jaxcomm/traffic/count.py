@@ -85,7 +85,7 @@ def _walk(
     jaxpr, sizes: dict[str, int], times: int = 1, when: tuple = (), way: str = ""
 ) -> Iterator[Collective]:
     for eqn in jaxpr.eqns:
-        inside = _scope(eqn, exchange.SCOPE) or way  # scopes end at the edge of a scan's body
+        inside = name_scope(eqn, exchange.SCOPE) or way  # scopes end at the edge of a scan's body
         if axes := named_axes(eqn):
             if op := OPS.get(eqn.primitive.name.removesuffix("_start")):
                 yield from _collectives(eqn, op, axes, sizes, (times, when, inside))
@@ -102,7 +102,7 @@ def _walk(
 def sub_programs(eqn) -> Iterator[tuple[tuple, object]]:
     """Sub-programs of an equation, with the branch that each stands for."""
     if eqn.primitive.name == "cond":
-        name = _scope(eqn, conditional.SCOPE) or f"{UNMETERED}@{id(eqn)}"
+        name = name_scope(eqn, conditional.SCOPE) or f"{UNMETERED}@{id(eqn)}"
         for i, branch in enumerate(eqn.params["branches"]):
             yield ((name, i),), branch.jaxpr
         return
@@ -122,14 +122,14 @@ def named_axes(eqn) -> tuple[str, ...]:
 
 def _collectives(eqn, op, axes, sizes, context: tuple) -> Iterator[Collective]:
     workers = math.prod(sizes.get(name, 1) for name in axes)
-    part = _scope(eqn, primitives.SCOPE) or UNNAMED
+    part = name_scope(eqn, primitives.SCOPE) or UNNAMED
     for var in eqn.invars:
         shape, dtype = var.aval.shape, str(var.aval.dtype)
         if math.prod(shape):
             yield Collective(op, axes, workers, dtype, shape, part, *context)
 
 
-def _scope(eqn, prefix: str) -> str | None:
+def name_scope(eqn, prefix: str) -> str | None:
     """The innermost name scope of the equation that starts with the prefix, without it."""
     found = re.findall(re.escape(prefix) + r"([^/()\s]+)", str(eqn.source_info.name_stack))
     return found[-1] if found else None

@@ -10,23 +10,30 @@ on their way while it goes on, and what has arrived is applied while the rest tr
 
 The order of the collectives is the one for a slow network, where the first large message travels
 for longer than everything takes that it does not hold up: first what needs the least computation,
-then what waits for no other before what waits for some, small messages before large ones. A small
-sum joins the sum behind it: hosts that share a machine pay more for a meeting than for its bytes.
+then what waits for no other before what waits for some, small messages before large ones. The parts
+of a payload (values, scales, indices) are one message of bytes, and a small sum joins the sum
+behind it: hosts pay more for a meeting than for its bytes.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from jaxcomm.collectives import primitives
 from jaxcomm.collectives.axis import varying_axes
 from jaxcomm.collectives.flatten import flatten
-from jaxcomm.traffic.count import OPS, named_axes, sub_programs
+from jaxcomm.traffic.count import OPS, name_scope, named_axes, sub_programs
 
 SMALL = 4096  # bytes of a message that need not wait for larger ones
 MANY = 64  # collectives
 NEVER = 1 << 30  # the number of a collective that does not exist
+# what carries a payload, and the axes of an operand that say to whom
+_CARRIERS = {"all_gather": 0, "all_gather_invariant": 0, "all_to_all": 1, "ppermute": 0}
 # they give as many bytes as they take, or more: done again in every piece that wants them
 _FREE = {"broadcast_in_dim", "expand_dims", "pcast", "pvary", "reshape", "squeeze"}
 
@@ -124,7 +131,7 @@ class Program:
 
 def take_apart(program: Program) -> tuple[list[Piece], list[Piece]]:
     """The pieces that compute, the most urgent first, and those that travel, in their order."""
-    ops = _alive(program)
+    ops = _messages(program, _alive(program))
     journeys = _journeys(program, ops)
     travelling = {v: i for i, op in enumerate(journeys) for v in op.outputs}
     computing = [op for op in ops if not travelling.keys() & op.outputs]
@@ -157,11 +164,17 @@ def take_apart(program: Program) -> tuple[list[Piece], list[Piece]]:
 
 def in_one(program: Program) -> tuple[list[Piece], list[Piece]]:
     """The whole program as one piece, its small sums joined with others."""
-    ops = _alive(program)
+    ops = _messages(program, _alive(program))
     journeys = _journeys(program, ops)
     sent = {v for op in journeys for v in op.outputs}
-    waiting = [*(op for op in ops if not sent & {*op.outputs}), *journeys]
-    order, known = [], {*program.inputs}
+    computing = [op for op in ops if not sent & {*op.outputs}]
+    order = tuple(_possible(program, [*computing, *journeys]))
+    return [Piece(order, tuple(program.inputs), tuple(program.outputs))], []
+
+
+def _possible(program: Program, ops: list[Op]) -> list[Op]:
+    """The operations in an order in which each has its inputs, as near theirs as can be."""
+    waiting, order, known = ops, [], {*program.inputs}
     while waiting:
         late = []
         for op in waiting:
@@ -171,7 +184,7 @@ def in_one(program: Program) -> tuple[list[Piece], list[Piece]]:
             else:
                 late.append(op)
         waiting = late
-    return [Piece(tuple(order), tuple(program.inputs), tuple(program.outputs))], []
+    return order
 
 
 def _cut(groups: list[list[Op]], free: dict[int, Op], kept: set[int]) -> list[Piece]:
@@ -199,6 +212,61 @@ def _with_free(group: list[Op], free: dict[int, Op]) -> list[Op]:
     for op in group:
         visit(op)
     return [*found.values()]
+
+
+def _messages(program: Program, ops: list[Op]) -> list[Op]:
+    """The operations, the parts of each payload joined into one message.
+
+    Those are the library's collectives of one kind, one after the other in the program, each with
+    a name of its own, none of which depends on another.
+    """
+    source = {value: i for i, op in enumerate(ops) for value in op.outputs}
+    runs: list[list[int]] = []
+    for i in (i for i, op in enumerate(ops) if _travels(op.eqn)):
+        run = runs[-1] if runs else []
+        same = run and _of_one_payload([ops[j].eqn for j in run], ops[i].eqn)
+        if same and not _needs(i, ops, source) & {*run}:
+            run.append(i)
+        else:
+            runs.append([i])
+    joined = {run[-1]: _in_bytes([ops[i] for i in run]) for run in runs if len(run) > 1}
+    gone = {i for run in runs if len(run) > 1 for i in run[:-1]}
+    found = [joined.get(i, op) for i, op in enumerate(ops) if i not in gone]
+    return _possible(program, found) if joined else ops
+
+
+def _of_one_payload(run: list, eqn) -> bool:
+    first, part = run[0], name_scope(eqn, primitives.SCOPE)
+    if eqn.primitive.name not in _CARRIERS or part is None:
+        return False
+    same = (first.primitive.name, first.params) == (eqn.primitive.name, eqn.params)
+    return same and part not in {name_scope(e, primitives.SCOPE) for e in run}
+
+
+def _in_bytes(ops: list[Op]) -> Op:
+    """Several collectives as one, of their operands' bytes."""
+    eqn = ops[0].eqn
+    lead = _CARRIERS[eqn.primitive.name]
+    results = [op.eqn.outvars[0].aval for op in ops]
+
+    def run(bind, *values):
+        sent = [_as_bytes(x, lead) for x in values]
+        (found,) = bind(eqn, [jnp.concatenate(sent, axis=-1)])
+        ends = [*itertools.accumulate(x.shape[-1] for x in sent)]
+        received = jnp.split(found, ends[:-1], axis=-1)
+        return [_from_bytes(x, like) for x, like in zip(received, results)]
+
+    inputs = tuple(v for op in ops for v in op.inputs)
+    return Op(run, inputs, tuple(v for op in ops for v in op.outputs), eqn)
+
+
+def _as_bytes(x: jax.Array, lead: int) -> jax.Array:
+    return jax.lax.bitcast_convert_type(x, jnp.uint8).reshape(*x.shape[:lead], -1)
+
+
+def _from_bytes(x: jax.Array, like) -> jax.Array:
+    width = (like.dtype.itemsize,) if like.dtype.itemsize > 1 else ()
+    return jax.lax.bitcast_convert_type(x.reshape(*like.shape, *width), like.dtype)
 
 
 def _journeys(program: Program, ops: list[Op]) -> list[Op]:

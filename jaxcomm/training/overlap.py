@@ -20,9 +20,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jaxcomm.collectives import axis
+from jaxcomm.collectives import axis, direct
 from jaxcomm.traffic.alone import bind, stand_in
+from jaxcomm.traffic.count import OPS, named_axes
 from jaxcomm.training._pieces import Piece, Program, in_one, take_apart
 from jaxcomm.training.step import TrainState, TrainStep
 from jaxcomm.training.workers import Workers
@@ -40,7 +42,7 @@ class JoinedStep(TrainStep):
         def run(sync_state, rest: TrainState, batch):
             args = (rest._replace(sync_state=sync_state), batch)
             leaves, treedef = jax.tree.flatten(args)
-            kind = (treedef, *((jnp.shape(x), jnp.result_type(x)) for x in leaves))
+            kind = (treedef, *((x.shape, x.dtype) for x in map(_array, leaves)))
             if kind not in runs:
                 jaxpr, out = self._traced(*args)
                 runs[kind] = Pieces(jaxpr, self.workers, self._cut), jax.tree.structure(out)
@@ -131,10 +133,11 @@ class Pieces:
     def _jit(self, piece: Piece):
         names = self._workers.names
         way = lambda value: self._program.place(value, names)
+        run_equation = _bind_direct if self._workers.on_hosts else bind
 
         def run(*args):
             args = [x[0] if way(v)[1] else x for v, x in zip(piece.inputs, args)]
-            out = zip(piece.outputs, piece(args, bind))
+            out = zip(piece.outputs, piece(args, run_equation))
             return [axis.varying(x, names)[None] if way(v)[1] else x for v, x in out]
 
         return jax.jit(
@@ -150,6 +153,26 @@ class Pieces:
     def _jit_alone(self, piece: Piece):
         sizes = dict(zip(self._workers.names, self._workers.sizes))
         return jax.jit(lambda *args: piece(args, partial(stand_in, sizes=sizes)))
+
+
+_DIRECT = ("psum_invariant", "all_gather_invariant")
+
+
+def _array(x):
+    return x if hasattr(x, "dtype") else np.asarray(x)
+
+
+def _bind_direct(eqn, args: list) -> list:
+    """What an equation gives; between hosts small sums and gathers go straight to everybody."""
+    name, axes, params = eqn.primitive.name, named_axes(eqn), eqn.params
+    if name not in _DIRECT or len(args) != 1:
+        return bind(eqn, args)
+    if direct.worth_it(OPS[name], args[0].nbytes, axis.size(axes)):
+        if params == {"axes": axes} and args[0].dtype == jnp.float32:
+            return [direct.direct_sum(args[0], axes)]
+        if params.get("all_gather_dimension") == 0 and not params["tiled"]:
+            return [direct.direct_gather(args[0], axes)]
+    return bind(eqn, args)
 
 
 def _run(program, values: list) -> list:
