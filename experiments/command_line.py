@@ -1,8 +1,9 @@
 """What the user got wrong ends a binary with one sentence on stderr and exit code 2.
 
-That is every error of the operating system, and every ValueError that a module of this repository
-raised itself. Anything else is a fault of the program and keeps its traceback. Among several
-processes all end with that code, and process 0 says the sentence.
+That is every file that cannot be had, and every ValueError that a module of this repository raised
+itself. Other errors of the operating system are a sentence, too, but may pass: code 74. Anything
+else is a fault of the program and keeps its traceback. Among several processes all end with that
+code, and process 0 says the sentence.
 """
 
 import contextlib
@@ -17,12 +18,14 @@ from pathlib import Path
 import jax
 from absl import app
 
-from experiments.processes import MISTAKE
+from experiments.processes import MISTAKE, UNSAVED
 from jaxcomm.training.distributed import client, rank
 from jaxcomm.training.memory import keep_memory
 
 _ROOT = Path(__file__).resolve().parents[1]
 _KEY, _WAIT = "jaxcomm/mistake", 10_000  # milliseconds for the others to find the same
+_FILES = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
+_FILES += (PermissionError,)
 _OURS = tuple(_ROOT / name for name in ("jaxcomm", "experiments", "configs"))
 
 
@@ -35,13 +38,14 @@ def run(main: Callable[[list[str]], None]) -> None:
         text = sentence(error)
         if text is None:
             raise
+        code = exit_code(error)
         if jax.distributed.is_initialized():
-            end_job(text)
+            end_job(text, code)
         _say(text)
-        sys.exit(MISTAKE)
+        sys.exit(code)
 
 
-def end_job(text: str) -> None:
+def end_job(text: str, code: int = MISTAKE) -> None:
     """Ends this process of a job; what process 0 found as well it says alone.
 
     Who found something else says it, too. Process 0 ends last: the others need its service.
@@ -59,11 +63,23 @@ def end_job(text: str) -> None:
     if first:
         time.sleep(0.2)
     sys.stdout.flush()
-    os._exit(MISTAKE)
+    os._exit(code)
 
 
 def _say(text: str) -> None:
     print(f"error: {text}", file=sys.stderr, flush=True)
+
+
+def exit_code(error: Exception) -> int:
+    """2 for a mistake, 74 where the next attempt may go well.
+
+    Example:
+      >>> exit_code(FileNotFoundError(2, "No such file or directory", "a.bin"))
+      2
+      >>> exit_code(OSError(116, "Stale file handle", "a.bin"))
+      74
+    """
+    return UNSAVED if isinstance(error, OSError) and not isinstance(error, _FILES) else MISTAKE
 
 
 def sentence(error: Exception) -> str | None:

@@ -18,6 +18,7 @@ from typing import TextIO
 
 HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 MISTAKE = 2  # exit code of what the user got wrong: no other attempt would be better
+UNSAVED = 74  # EX_IOERR: the system could not write or read; another attempt may go well
 TIMED_OUT = 124  # as timeout(1)
 DRAIN_SECONDS = 2.0  # for the last lines, should a process that got away hold the pipe
 

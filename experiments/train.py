@@ -30,6 +30,7 @@ from experiments.devices import (
     worker_mesh,
 )
 from experiments.expressions import evaluate as expression
+from experiments.processes import UNSAVED
 from experiments.schedules import learning_rate
 from experiments.tasks import Task, make_task
 from jaxcomm.traffic.link import Link
@@ -52,7 +53,6 @@ FREE += ("on_failure", "snapshot_every", "stuck_seconds", "standstill_seconds")
 FREE += ("resize", "check_every", "local_checkpoints", "monitor", "pace")
 MONITORS = ("", "processor", "step")
 ON_FAILURE = ("stop", "restart", "continue")
-UNSAVED = 74  # EX_IOERR: a checkpoint could not be written or read
 COUNTER = "JAXCOMM_COUNTER"
 
 

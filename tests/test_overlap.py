@@ -11,7 +11,8 @@ from composition import PARAMS, batch, loss_fn
 import jaxcomm
 from jaxcomm.compressors import compose, quantize, sign, top_k
 from jaxcomm.traffic.count import OPS, named_axes
-from jaxcomm.training._pieces import Program, in_one, take_apart
+from jaxcomm.training._pieces import in_one, take_apart
+from jaxcomm.training._program import Program
 from jaxcomm.training.overlap import JoinedStep
 from jaxcomm.training.step import TrainStep
 from jaxcomm.training.workers import Workers

@@ -7,13 +7,12 @@ a few elements is one gather, and a local sum). For large messages a ring is bet
 hosts Gloo sends and receives in turn. A sum's terms are added in the order of the workers.
 """
 
-import math
-
 import jax
 import jax.numpy as jnp
 
 from jaxcomm.collectives import axis, primitives
 from jaxcomm.collectives.axis import AxisName
+from jaxcomm.collectives.means import split_chunks
 
 LARGEST = 32_768  # bytes from one worker to another
 MOST = 16  # workers
@@ -36,7 +35,6 @@ def direct_sum(x: jax.Array, axis_name: AxisName) -> jax.Array:
     """Sum over the workers of a float32 array of any shape, replicated."""
     if x.size <= FEW:
         return primitives.sum_rows(direct_gather(x, axis_name))
-    n = axis.size(axis_name)
-    rows = jnp.pad(x.reshape(-1), (0, -x.size % n)).reshape(n, -1)
+    rows = split_chunks(x.reshape(-1), axis.size(axis_name))
     mine = primitives.scatter_sum(rows, axis_name)
-    return direct_gather(mine, axis_name).reshape(-1)[: math.prod(x.shape)].reshape(x.shape)
+    return direct_gather(mine, axis_name).reshape(-1)[: x.size].reshape(x.shape)

@@ -18,14 +18,6 @@ class Identity(Compressor):
     def decode(self, payload: Payload, size: int) -> jax.Array:
         return payload["values"].reshape(size)
 
-    def decode_sum(
-        self, payloads: Payload, size: int, coefficients: jax.Array | None = None
-    ) -> jax.Array:
-        values = payloads["values"]
-        if coefficients is not None:
-            values = coefficients[:, None] * values
-        return values.sum(0).reshape(size)
-
     def alpha(self, size: int) -> float:
         return 1.0
 

@@ -13,6 +13,7 @@ import optax
 
 from jaxcomm.collectives import cond
 from jaxcomm.collectives.axis import varying_axes
+from jaxcomm.collectives.primitives import sum_rows
 from jaxcomm.sync._rule import SyncRule, adopt_if, hooks_of
 
 
@@ -90,7 +91,7 @@ def _average(state: WeightAverageState, last: int | None):
         return state.weights
     # places not yet filled are zero
     filled = jnp.clip(state.count, 1, last)
-    return jax.tree.map(lambda w: w.sum(0) / filled, state.weights)
+    return jax.tree.map(lambda w: sum_rows(w) / filled, state.weights)
 
 
 def averaged_weights(state: WeightAverageState, *, last: int | None = None):

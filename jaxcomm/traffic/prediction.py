@@ -6,8 +6,9 @@ second, latency L and no other traffic,
     seconds = hops * L + 8 s / B,        hops = 2(n-1) all-reduce (ring), n-1 all-gather (ring),
                                          n-1 all-to-all and reduce-scatter, 1 permute
 
-and the collectives of a step one after another, those of meetings in their share of the steps;
-nothing is assumed to hide behind computation:
+and the collectives of a step one after another, those of meetings in their share of the steps
+(between CPU hosts small ones take fewer hops, see `jaxcomm.collectives.direct`, or none of their
+own); nothing is assumed to hide behind computation:
 
     step = compute + codec + latencies + max(transfers, hosts)
 

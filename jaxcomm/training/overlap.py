@@ -25,7 +25,8 @@ import numpy as np
 from jaxcomm.collectives import axis, direct
 from jaxcomm.traffic.alone import bind, stand_in
 from jaxcomm.traffic.count import OPS, named_axes
-from jaxcomm.training._pieces import Piece, Program, in_one, take_apart
+from jaxcomm.training._pieces import in_one, take_apart
+from jaxcomm.training._program import Piece, Program
 from jaxcomm.training.step import TrainState, TrainStep
 from jaxcomm.training.workers import Workers
 

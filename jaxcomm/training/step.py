@@ -92,11 +92,8 @@ class TrainStep:
         return state, metrics, branches
 
     def _apply(self, state: TrainState, grads, metrics, obj_fn):
-        finite, sync, sync_state = (
-            _all_finite(metrics["loss"], grads),
-            self._sync,
-            state.sync_state,
-        )
+        finite = _all_finite(metrics["loss"], grads)
+        sync, sync_state = self._sync, state.sync_state
         if sync is None:
             finite, metrics = self._agree(finite, metrics)
         elif sync.adjust is not None:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxcomm.collectives import AxisName, all_gather, flatten, index, size
 from jaxcomm.collectives.flatten import tree_size
 from jaxcomm.collectives.means import gather_payloads
+from jaxcomm.collectives.primitives import sum_rows
 from jaxcomm.compressors.base import Compressor
 from jaxcomm.transforms.common import Communication, check_compressor, message_key, zero_count
 
@@ -63,6 +64,7 @@ def ef21_plus(compressor: Compressor, axis_name: AxisName, *, seed: int = 0) -> 
         flags = all_gather(replace, axis_name, "flags")
         messages = jax.vmap(decode)(gather_payloads(payload, axis_name))
         everyone = messages + jnp.where(flags[:, None], 0.0, state.everyone)
-        return unflatten(jnp.mean(everyone, 0)), EF21PlusState(state.count + 1, everyone)
+        mean = unflatten(sum_rows(everyone) / everyone.shape[0])
+        return mean, EF21PlusState(state.count + 1, everyone)
 
     return Communication(init_fn, update_fn)
