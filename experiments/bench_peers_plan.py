@@ -2,7 +2,8 @@
 
 Bytes are counted by tracing the step, no host is needed; computation and codec are those measured
 in the same run (the step without its communication), and what hosts take for messages is the
-communication of the same method on raw loopback. Links carry the headers of Ethernet frames.
+communication of the same method on raw loopback. Links carry the headers of Ethernet frames, and
+pass at once, once a step, what their bucket holds.
 """
 
 import collections
@@ -14,10 +15,8 @@ import jaxcomm
 from experiments.bench_peers_cases import BY_NAME, RAW, config
 from experiments.bench_peers_jax import make_step
 from experiments.bench_peers_report import Rows, alone_seconds, exposed, step_seconds
+from experiments.probe import throttled_link
 from experiments.tasks import make_task
-from jaxcomm.traffic.link import ETHERNET
-
-LATENCY = 1e-4  # between namespaces of one machine
 
 
 @functools.cache
@@ -48,7 +47,7 @@ def predictions(rows: Rows, steps: int) -> dict[tuple, tuple[float, float]]:
         known = (kind, size, method, hosts, RAW) in rows
         predicted = jaxcomm.predict(
             traffic(method, size, hosts, steps),
-            jaxcomm.Link.parse(rate, latency=LATENCY, overhead=ETHERNET),
+            throttled_link(rate),
             compute_seconds=row["local"],
             codec_seconds=max(alone_seconds(*where) - row["local"], 0.0),
             host_seconds=max(exposed(*raw), 0.0) if known else 0.0,

@@ -197,14 +197,15 @@ TEXT = """\
 Seconds a step of the slowest host, medians; one thread a process for both libraries, which both
 keep freed memory (`jaxcomm.keep_memory`), warm-up left out, methods in turn in one process a host.
 `exposed` is a step minus the same step with its communication removed (codecs stay; DDP: the same
-hook in a group of one; jaxcomm dense, a step in pieces: the same pieces), `overhead` a step minus the same library's step without exchange and codec (DDP: `no_sync`), both in the same run.
+hook in a group of one; jaxcomm dense, a step in pieces: the same pieces), `overhead` a step minus
+the same library's step without exchange and codec (DDP: `no_sync`), both in the same run.
 Bytes are those of the interface's counter, a host and step. All hosts share this machine's
 cores; TCP uses CUBIC. At 10 Mbit/s connections of jaxcomm's methods are paced at the link's rate
 (`jaxcomm.pace`), others are as their libraries leave them. A bucket that was silent passes 0.01 s
 of bytes (32 kB at least) at once, for everybody. Trajectories do not depend on the link: losses
 are those of one training without a bucket, and seconds to a loss are its steps, each at what its
 kind (local, meeting, ...) costs on the link. `plan` is told the computation and the codec of the
-same run, and what the method's communication takes on raw loopback.
+same run, what the method's communication takes on raw loopback, and the bucket.
 Validation loss in nats a byte. Of dense methods on the slowest link only few steps are timed.
 """
 

@@ -7,10 +7,10 @@ import jax
 
 import jaxcomm
 from experiments.bench_scale_cases import METHODS, RAW, ROUND, make_step, mlp, mlp_batch, mlp_loss
+from experiments.probe import LATENCY, throttled_link
 from jaxcomm.traffic.link import ETHERNET
 
 GROW = ("workers", "parameters", "leaves")
-LATENCY = 1e-4
 CURVE = (2, 4, 8, 16, 64, 256, 1024, 4096)
 MOST_GROWTH, MOST_ERROR = 1.3, 0.15
 
@@ -28,7 +28,7 @@ def predicted(
     method: str, workers: int, rate: str, compute: float, host: float = 0.0
 ) -> jaxcomm.Prediction:
     """What `plan` says of a step of the hosts' model."""
-    link = jaxcomm.Link.parse(rate, latency=LATENCY, overhead=ETHERNET)
+    link = throttled_link(rate)
     rare = 1 / ROUND if method == "local" else 1.0
     traffic = traffic_of(method, workers)
     seconds = {"compute_seconds": compute, "host_seconds": host}
@@ -126,8 +126,8 @@ def _predictions(rows: list[dict]) -> list[str]:
         f"A model of {rows[0]['parameters']:,} parameters on real hosts: medians of the slowest",
         "host. `alone` is the same step with the communication removed, all hosts at once. The",
         "prediction is `jaxcomm.predict` with it, with what the method's communication takes on",
-        f"raw loopback (step minus alone), {ETHERNET} bytes on the wire a byte (frame headers) and",
-        f"{1e6 * LATENCY:.0f} us a message. Local meets every {ROUND} steps.",
+        f"raw loopback (step minus alone), {ETHERNET} bytes on the wire a byte (frame headers),",
+        f"{1e6 * LATENCY:.0f} us a message and a bucket's burst. Local meets every {ROUND} steps.",
         "",
         "| hosts | link | method | sent bytes | alone | predicted | measured | ratio | load |",
         "|--:|---|---|--:|--:|--:|--:|--:|--:|",

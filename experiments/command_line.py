@@ -1,12 +1,13 @@
 """What the user got wrong ends a binary with one sentence on stderr and exit code 2.
 
-That is every file that cannot be had, and every ValueError that a module of this repository raised
-itself. Other errors of the operating system are a sentence, too, but may pass: code 74. Anything
-else is a fault of the program and keeps its traceback. Among several processes all end with that
-code, and process 0 says the sentence.
+That is every error of the operating system, and every ValueError that a module of this repository
+raised itself; where a disk or a network failed, which may pass, the code is 74. Anything else is a
+fault of the program and keeps its traceback. Among several processes all end with that code, and
+process 0 says the sentence.
 """
 
 import contextlib
+import errno
 import os
 import re
 import sys
@@ -24,8 +25,9 @@ from jaxcomm.training.memory import keep_memory
 
 _ROOT = Path(__file__).resolve().parents[1]
 _KEY, _WAIT = "jaxcomm/mistake", 10_000  # milliseconds for the others to find the same
-_FILES = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
-_FILES += (PermissionError,)
+# of disks and networks, which may be well again at the next attempt
+_PASSING = {errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.ESTALE, errno.EAGAIN, errno.ETIMEDOUT}
+_PASSING |= {errno.ECONNREFUSED, errno.ECONNRESET, errno.EHOSTUNREACH, errno.ENETUNREACH}
 _OURS = tuple(_ROOT / name for name in ("jaxcomm", "experiments", "configs"))
 
 
@@ -79,7 +81,7 @@ def exit_code(error: Exception) -> int:
       >>> exit_code(OSError(116, "Stale file handle", "a.bin"))
       74
     """
-    return UNSAVED if isinstance(error, OSError) and not isinstance(error, _FILES) else MISTAKE
+    return UNSAVED if getattr(error, "errno", None) in _PASSING else MISTAKE
 
 
 def sentence(error: Exception) -> str | None:

@@ -82,9 +82,14 @@ def remove_stale() -> None:
     _remove(name for name, match in found if match and not os.path.exists(f"/proc/{match[1]}"))
 
 
+def burst_bytes(rate: float) -> float:
+    """Bytes that the bucket of so many bits a second passes at once when it was silent."""
+    return min(max(rate / 8 * BURST_SECONDS, BURST_BYTES[0]), BURST_BYTES[1])
+
+
 def bucket(rate: float) -> str:
     """The token bucket of so many bits a second, as `tc qdisc` takes it."""
-    burst = min(max(rate / 8 * BURST_SECONDS, BURST_BYTES[0]), BURST_BYTES[1])
+    burst = burst_bytes(rate)
     return f"tbf rate {rate:.0f}bit burst {burst:.0f}b latency {LATENCY * 1e3:.0f}ms"
 
 

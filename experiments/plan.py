@@ -213,7 +213,7 @@ def main(_: list[str]) -> None:
     if not configs:
         raise app.UsageError("give --config=FILE.py, or --configs=FILE.py,FILE.py")
     latency = parse_seconds(FLAGS.latency)
-    wire = {"latency": latency, "overhead": FLAGS.overhead}
+    wire = {"latency": latency, "overhead": FLAGS.overhead, "burst": FLAGS.burst}
     links = [parse_link(text, **wire) for text in FLAGS.links]
     workers = [int(n) for n in FLAGS.workers]
     given = {
@@ -239,6 +239,7 @@ if __name__ == "__main__":
     flags.DEFINE_list("workers", WORKERS, "Numbers of workers.")
     flags.DEFINE_string("latency", "50us", "Latency of links that do not say theirs.")
     flags.DEFINE_float("overhead", ETHERNET, "Bytes on the wire for each byte of a message.")
+    flags.DEFINE_float("burst", 0.0, "Bytes that a link passes at once after a silence.")
     flags.DEFINE_float("compute_ms", None, "Milliseconds of a step's computation; default: timed.")
     flags.DEFINE_float("codec_ms", None, "Milliseconds of the codec in a step; default: timed.")
     flags.DEFINE_string("workdir", None, "Where to write plan.json.")

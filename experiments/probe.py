@@ -21,10 +21,12 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxcomm.traffic import Link
+from experiments import netns
+from jaxcomm.traffic.link import ETHERNET, Link
 from jaxcomm.training.stragglers import Fault, localise
 
 PINGS, REPEATS = 9, 3
+LATENCY = 1e-4  # seconds of a message between namespaces of one machine
 SMALL = 64  # bytes of a ping
 SECONDS = 0.4  # that a long message should take
 FIRST = 1 << 18  # bytes of the first long message, which finds out how long they have to be
@@ -78,6 +80,12 @@ def load(path: str | os.PathLike) -> Probe:
         return Probe(**json.loads(Path(path).read_text()))
     except (OSError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not a file of `cluster --probe`: {error}") from None
+
+
+def throttled_link(rate: str) -> Link:
+    """What joins the hosts of `cluster --rate`: headers of Ethernet frames, a token bucket."""
+    burst = netns.burst_bytes(netns.parse_rate(rate))
+    return Link.parse(rate, latency=LATENCY, overhead=ETHERNET, burst=burst)
 
 
 class Wire:

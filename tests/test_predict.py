@@ -108,6 +108,21 @@ def test_hosts_work_while_bytes_travel():
         seconds(slow, -1.0)
 
 
+def test_a_burst_passes_at_once_once_a_step():
+    burst = Link.parse("10mbit", burst=30_000)
+    sums = report(collective("all-reduce", 10**5), collective("all-reduce", 10**5))
+    each = 8 * 4e5 * 2 * 3 / 4 / 1e7
+    assert predict(sums, burst).step_seconds == pytest.approx(2 * each - 8 * 30_000 / 1e7)
+    few = report(collective("all-reduce", 1000))
+    assert predict(few, burst).step_seconds == 0
+    assert predict(few, burst, host_seconds=0.01).step_seconds == pytest.approx(0.01)
+    meeting = report(collective("all-reduce", 10**5, ("meet", 1)), choices=("meet",))
+    rare = predict(meeting, burst, rounds_per_step=1 / 4)
+    assert rare.step_seconds == pytest.approx((each - 8 * 30_000 / 1e7) / 4)
+    with pytest.raises(ValueError, match="Link: burst must not be negative, got -1"):
+        Link(1e6, burst=-1)
+
+
 def test_meetings_are_spread_over_the_steps():
     step = report(
         collective("all-reduce", 10, part="metrics"),

@@ -26,21 +26,25 @@ class Link:
       latency: seconds from sending a message to having it, beside the time its bytes take.
       share: workers that send over one such link at the same time (those of one host).
       overhead: bytes on the wire for each byte of a message (`ETHERNET`: headers of its frames).
+      burst: bytes that pass at once after a silence, before the rate holds (a token bucket's).
 
     Raises:
-      ValueError: a bandwidth that is not positive, a negative latency, share or overhead below 1.
+      ValueError: a bandwidth that is not positive, a negative latency or burst, a share or overhead
+        below 1.
     """
 
     bandwidth: float
     latency: float = 0.0
     share: int = 1
     overhead: float = 1.0
+    burst: float = 0.0
 
     def __post_init__(self):
         if not self.bandwidth > 0:
             raise ValueError(f"Link: bandwidth must be positive, got {self.bandwidth}")
-        if not self.latency >= 0:
-            raise ValueError(f"Link: latency must not be negative, got {self.latency}")
+        for name in ("latency", "burst"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"Link: {name} must not be negative, got {getattr(self, name)}")
         if not (self.share >= 1 and self.overhead >= 1):
             raise ValueError(
                 "Link: share and overhead must be at least 1, got "
@@ -62,7 +66,7 @@ class Link:
 
         Example:
           >>> Link.parse("100mbit@50us")
-          Link(bandwidth=100000000.0, latency=5e-05, share=1, overhead=1.0)
+          Link(bandwidth=100000000.0, latency=5e-05, share=1, overhead=1.0, burst=0.0)
         """
         rate, _, delay = text.strip().partition("@")
         match = _BANDWIDTH.fullmatch(rate.strip())
@@ -79,6 +83,11 @@ class Link:
     def transfer_seconds(self, sent_bytes: float) -> float:
         """Seconds that the bytes of one worker take, latency left out."""
         return 8 * sent_bytes * self.share * self.overhead / self.bandwidth
+
+    @property
+    def burst_seconds(self) -> float:
+        """Seconds that a burst would take at the rate."""
+        return 8 * self.burst / self.bandwidth
 
     def __str__(self) -> str:
         for prefix in reversed(_PREFIX):

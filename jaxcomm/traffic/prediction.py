@@ -12,8 +12,10 @@ own); nothing is assumed to hide behind computation:
 
     step = compute + codec + latencies + max(transfers, hosts)
 
-where `hosts` is what the communication takes on a link of any bandwidth: the processors' work on
-messages and the waiting for the slowest worker, which go on while bytes are on the wire.
+where transfers are less by what a link passes at once after the silence between two steps
+(`Link.burst`), and `hosts` is what the communication takes on a link of any bandwidth: the
+processors' work on messages and the waiting for the slowest worker, which go on while bytes are on
+the wire.
 """
 
 import dataclasses
@@ -40,6 +42,7 @@ class Timed:
     latency_seconds: float
     transfer_seconds: float
     share: float  # of the steps in which it runs
+    burst_seconds: float = 0.0  # of its transfer, what the link's burst would save
 
     @property
     def seconds(self) -> float:
@@ -83,8 +86,12 @@ class Prediction:
 
     @property
     def transfer_seconds(self) -> float:
-        """The part that the bytes take."""
-        return sum(t.share * t.transfer_seconds for t in self.collectives)
+        """The part that the bytes take; those of one step have one burst."""
+        steps: dict[float, list[Timed]] = {}
+        for t in self.collectives:
+            steps.setdefault(t.share, []).append(t)
+        left = lambda ts: sum(t.transfer_seconds for t in ts) - max(t.burst_seconds for t in ts)
+        return sum(share * max(0.0, left(ts)) for share, ts in steps.items())
 
     @property
     def step_seconds(self) -> float:
@@ -150,15 +157,18 @@ def predict(
         if value < 0:
             raise ValueError(f"predict: {name} must not be negative, got {value}")
     shares = _shares(traffic, link, rounds_per_step, branches)
-    timed = (Timed(c, *_seconds(c, link), shares[i]) for i, c in enumerate(traffic.collectives))
+    timed = (_timed(c, link, share) for c, share in zip(traffic.collectives, shares))
     return Prediction(tuple(timed), **seconds)
 
 
-def _seconds(c: Collective, link: Links) -> tuple[float, float]:
-    """Seconds of latency and of transfer on the link that takes longest."""
+def _timed(c: Collective, link: Links, share: float = 1.0) -> Timed:
+    """The collective on the link that takes longest."""
     hops = HOPS[c.op](c.workers) * c.times
-    each = [(hops * k.latency, k.transfer_seconds(c.sent_bytes)) for k in links_of(link, c.axes)]
-    return max(each, key=sum)
+    each = [
+        Timed(c, hops * k.latency, k.transfer_seconds(c.sent_bytes), share, k.burst_seconds)
+        for k in links_of(link, c.axes)
+    ]
+    return max(each, key=lambda t: t.seconds)
 
 
 def _shares(traffic, link, rounds_per_step, branches) -> list[float]:
@@ -170,7 +180,7 @@ def _shares(traffic, link, rounds_per_step, branches) -> list[float]:
     else:
         if not 0 <= rounds_per_step <= 1:
             raise ValueError(f"predict: rounds_per_step must be in [0, 1], got {rounds_per_step}")
-        cost = lambda c: sum(_seconds(c, link))
+        cost = lambda c: _timed(c, link).seconds
         dear, cheap = ({id(c) for c in extreme(traffic.collectives, cost, f)} for f in (max, min))
         runs = [(dear, rounds_per_step), (cheap, 1 - rounds_per_step)]
     return [sum(share for run, share in runs if id(c) in run) for c in traffic.collectives]

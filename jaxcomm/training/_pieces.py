@@ -33,7 +33,7 @@ def take_apart(program: Program) -> tuple[list[Piece], list[Piece]]:
     after = {v: i for i, op in enumerate(travelling) for v in op.outputs}
     for op in computing:
         latest = max((after.get(v, -1) for v in op.inputs), default=-1)
-        after |= {v: latest for v in op.outputs}
+        after |= dict.fromkeys(op.outputs, latest)
     due = {v: i for i, op in reversed([*enumerate(travelling)]) for v in op.inputs}
     groups: dict[tuple[int, int], list[Op]] = {}
     users: dict[int, set[int]] = {}  # when those start that nobody waits for
