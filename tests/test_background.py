@@ -42,10 +42,10 @@ def make(rule, way, background, total=STEPS, **options):
 @pytest.mark.parametrize(
     ("rule", "way"),
     [
-        ("streaming", "simulate"),
         ("streaming", "devices"),
         ("eager", "devices"),
-        ("co2, two rounds, compressed", "devices"),
+        pytest.param("streaming", "simulate", marks=pytest.mark.slow),
+        pytest.param("co2, two rounds, compressed", "devices", marks=pytest.mark.slow),
         pytest.param("eager", "simulate", marks=pytest.mark.slow),
         pytest.param("co2, two rounds, compressed", "simulate", marks=pytest.mark.slow),
     ],

@@ -562,6 +562,7 @@ def test_page_is_exact_with_probability_one_or_a_full_batch():
         page(0.5).update(jnp.ones(2), page(0.5).init(jnp.ones(2)), jnp.ones(2))
 
 
+@pytest.mark.slow
 def test_composes():
     composition.check_all(
         lambda: ef21(

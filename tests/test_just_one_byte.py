@@ -49,6 +49,7 @@ def assert_same(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
+@pytest.mark.slow
 def test_all_machines_stay_equal_and_a_late_one_catches_up():
     """In shard_map the types prove that the parameters are replicated; bytes go alone."""
     rate = optax.linear_schedule(0.02, 0.0, 20)

@@ -215,7 +215,7 @@ def test_buckets_of_whole_leaves():
         ("power_sgd", lambda b: jaxcomm.power_sgd(2, AXIS, bucket_bytes=b)),
     ):
         found = []
-        for bucket in (None, 4 * 44 * 44, 4):
+        for bucket in (None, 4 * 44 * 44, 4) if name == "average" else (None, 4):
             tx = optax.chain(chain(bucket), optax.sgd(0.1))
             step = jaxcomm.make_train_step(layers_loss, tx, axis_name=AXIS, simulate=4)
             state = step.init(layers(), jax.random.key(0))
@@ -227,7 +227,7 @@ def test_buckets_of_whole_leaves():
             found.append(common.host(state.params))
         for other in found[1:]:
             assert common.distance(found[0], other) < (1e-9 if name == "average" else 1e-5)
-    assert list(counts.values()) == [1, 2, 4, 2, 4, 8]
+    assert list(counts.values()) == [1, 2, 4, 2, 8]
     with pytest.raises(ValueError, match="average: bucket_bytes must be at least 4"):
         jaxcomm.average(AXIS, bucket_bytes=0)
 

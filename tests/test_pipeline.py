@@ -221,6 +221,7 @@ def means(n: int, devices) -> dict[str, np.ndarray]:
     return found
 
 
+@pytest.mark.slow
 def test_processes_agree_with_one_process(tmp_path, monkeypatch):
     monkeypatch.chdir(Path(__file__).parent.parent)
     job = cluster.Job(("-m", "tests.test_pipeline", str(tmp_path)), 2, timeout=300)

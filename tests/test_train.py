@@ -200,16 +200,16 @@ def straight(tmp_path_factory):
     return get
 
 
-def kill(name, kind, signum, slow=True):
-    marks = pytest.mark.slow if slow else ()
-    return pytest.param(name, kind, signum, id=f"{name}-{kind}-{signum.name}", marks=marks)
+def kill(name, kind, signum):
+    return pytest.param(name, kind, signum, id=f"{name}-{kind}-{signum.name}")
 
 
-@pytest.mark.parametrize(
+@pytest.mark.slow
+@pytest.mark.parametrize(  # test_resume.py has one that is always run
     ("name", "kind", "signum"),
     [
         kill("digits_ef21", "mlp", signal.SIGKILL),
-        kill("digits_local_sgd", "mlp", signal.SIGTERM, slow=False),
+        kill("digits_local_sgd", "mlp", signal.SIGTERM),
         kill("digits_ef21", "default", signal.SIGTERM),
         kill("digits_qsr", "default", signal.SIGKILL),
         kill("digits_sign_ef", "default", signal.SIGKILL),
