@@ -72,7 +72,7 @@ def test_what_travels_is_on_devices_that_do_not_compute():
     assert where((state.sync_state.anchor, state.sync_state.outer)) == set(jax.devices()[4:])
 
 
-@pytest.mark.parametrize("rule", ["streaming", "eager"])
+@pytest.mark.parametrize("rule", ["streaming", pytest.param("eager", marks=pytest.mark.slow)])
 def test_saved_with_a_transfer_in_flight(rule, tmp_path):
     """Bit for bit; and the plain step can go on from what the background saved."""
     step = make(rule, "devices", True, donate=False)

@@ -48,7 +48,7 @@ def test_a_measurement_is_found_by_its_name(capsys):
     assert "got 'speed'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("hosts", [2, 4])
+@pytest.mark.parametrize("hosts", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_every_compressor_by_every_exchange_with_messages_of_a_megabyte(hosts):
     cases = byte_cases(hosts)
     ways = {"gather", "two_phase", "ring"} | ({"hierarchical"} if hosts == 4 else set())

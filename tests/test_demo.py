@@ -157,6 +157,7 @@ def test_trains():
     assert losses[-1] < 0.01 * losses[0]
 
 
+@pytest.mark.slow
 def test_composes():
     composition.check_all(
         lambda: demo(0.01, AXIS, k=3, chunk=4, weight_decay=0.1), ends=optax.identity

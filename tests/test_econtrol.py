@@ -184,6 +184,7 @@ def test_constants_of_the_workers_cancel(method):
     assert np.abs(with_constants[-1]).max() > 1
 
 
+@pytest.mark.slow
 def test_composes():
     composition.check_all(lambda: econtrol(top_k(0.2), AXIS, eta=0.1))
     scheduled = optax.inject_hyperparams(econtrol)(

@@ -580,6 +580,7 @@ def test_composes():
     composition.check(optax.chain(injected, optax.adamw(1e-2)), simulate=2)
 
 
+@pytest.mark.slow
 def test_relatives_compose():
     composition.check_all(
         lambda: ef21_plus(top_k(0.2), AXIS),

@@ -122,7 +122,7 @@ def test_a_rule_in_a_rule():
     assert int(states[5].sync_state.count) == 1
 
 
-@pytest.mark.parametrize("way", ["simulate", "devices"])
+@pytest.mark.parametrize("way", [pytest.param("simulate", marks=pytest.mark.slow), "devices"])
 def test_what_travels_in_the_background(way):
     """A rule that evaluates what other devices hold, and one that does not."""
     plain = jaxcomm.streaming(jaxcomm.average(AXIS), 4, 1, delay=2)

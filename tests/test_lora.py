@@ -96,6 +96,7 @@ def test_lora_trains_and_only_its_own_bytes_travel(where):
     assert payload(step, state) == 2 * (N - 1) / N * 4 * (2 * (12 + 8) + 2 * (8 + 6))
 
 
+@pytest.mark.slow
 def test_any_transform_on_any_part():
     """FedPEFT by bias and head; error memories exist for the trained leaves only."""
     mask = leaves_named("bias|head")

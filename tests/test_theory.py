@@ -22,7 +22,7 @@ def load(name, argument=None):
     return importlib.import_module(f"configs.{name}").get_config(argument)
 
 
-QUICK = ("theory_just_one_byte", "theory_econtrol")
+QUICK = ("theory_just_one_byte",)
 
 
 @pytest.mark.parametrize(
