@@ -27,7 +27,7 @@ class Op(NamedTuple):
     @property
     def travels(self) -> bool:
         """Whether it is a collective or has one in it."""
-        return self.eqn is not None and _communicates(self.eqn)
+        return self.eqn is not None and communicates(self.eqn)
 
 
 class Piece(NamedTuple):
@@ -131,11 +131,12 @@ def _alive(ops: list[Op], outputs: Iterable[int]) -> list[Op]:
     return found[::-1]
 
 
-def _communicates(eqn) -> bool:
+def communicates(eqn) -> bool:
+    """Whether an equation is a collective or has one in it."""
     if named_axes(eqn) and eqn.primitive.name.removesuffix("_start") in OPS:
         return True
     inner: list[Any] = [jaxpr for _, jaxpr in sub_programs(eqn)]
-    return any(_communicates(one) for jaxpr in inner for one in jaxpr.eqns)
+    return any(communicates(one) for jaxpr in inner for one in jaxpr.eqns)
 
 
 def _bound(eqn, inputs: Sequence) -> Callable[..., Sequence]:

@@ -1,0 +1,94 @@
+"""An all-to-all in rounds: the same values, in permutations without mutual exchanges."""
+
+import collections
+
+import common
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import jaxcomm
+from jaxcomm.collectives import primitives, rounds
+from jaxcomm.compressors import sign
+from jaxcomm.traffic.count import count
+from jaxcomm.training.overlap import JoinedStep
+from jaxcomm.training.step import TrainStep
+from jaxcomm.training.workers import Workers
+
+
+@pytest.mark.parametrize("n", range(3, 17))
+def test_permutations(n):
+    used = collections.Counter()
+    for ends in rounds.permutations(n):
+        assert sorted(ends) == list(range(n))
+        assert not any(ends[j] == i for i, j in enumerate(ends)), "two send to each other"
+        used.update(enumerate(ends))
+    pairs = {(i, j) for i in range(n) for j in range(n) if i != j}
+    assert used == dict.fromkeys(pairs, 1 if n % 2 else 2)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "uint8", "uint16", "int32"])
+@pytest.mark.parametrize(("mesh", "names"), [(4, ("w",)), ((2, 2), ("a", "b")), (3, ("w",))])
+def test_values(mesh, names, dtype):
+    n = int(np.prod(mesh))
+    draw = lambda s: np.random.default_rng(len(s)).integers(0, 200, (n, n, *s)).astype(dtype)
+    xs = [draw(shape) for shape in [(), (1,), (5,), (3, 7), (2, 0)]]
+    run = jax.shard_map(
+        lambda *xs: [rounds.all_to_all(x[0], names)[None] for x in xs],
+        mesh=common.mesh(mesh, names),
+        in_specs=P(names),
+        out_specs=P(names),
+    )
+    for x, found in zip(xs, jax.jit(run)(*xs)):
+        assert found.dtype == dtype
+        np.testing.assert_array_equal(found, x.swapaxes(0, 1))
+
+
+@pytest.mark.parametrize("n", [5, 8])
+def test_more_workers(n):
+    x = np.arange(n * n * 6, dtype=np.int32).reshape(n, n, 6)
+    run = jax.shard_map(
+        lambda x: rounds.all_to_all(x[0], "w")[None],
+        mesh=common.mesh(n, ("w",)),
+        in_specs=P("w"),
+        out_specs=P("w"),
+    )
+    np.testing.assert_array_equal(jax.jit(run)(x), x.swapaxes(0, 1))
+
+
+@pytest.mark.parametrize("n", [3, 4, 6])
+def test_bytes_of_an_all_to_all(n):
+    x = jnp.ones((n, 400))
+    sent = lambda fn: sum(c.sent_bytes for c in count(fn, x, axis_sizes={"w": n}))
+    both = [sent(lambda x, f=f: f(x, "w")) for f in (primitives.all_to_all, rounds.all_to_all)]
+    assert both == [1600 * (n - 1)] * 2
+
+
+def test_only_what_is_large():
+    at = rounds.LARGEST
+    assert rounds.worth_it(4 * at + 1, 4)
+    assert not rounds.worth_it(4 * at, 4)
+    assert not rounds.worth_it(10**9, 2)
+    assert not rounds.worth_it(10**9, rounds.MOST + 1)
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_a_step_between_hosts(every, monkeypatch):
+    """Also of a meeting, which is inside a conditional."""
+    used, own = [], rounds.all_to_all
+    monkeypatch.setattr(rounds, "all_to_all", lambda *a: (used.append(a), own(*a))[1])
+    monkeypatch.setattr(rounds, "LARGEST", 0)
+    results = []
+    for kind in (TrainStep, JoinedStep):
+        monkeypatch.setattr(Workers, "on_hosts", kind is JoinedStep)
+        outer = jaxcomm.error_feedback(sign(), common.AXIS, exchange="two_phase")
+        sync = jaxcomm.periodic(outer, every)
+        workers = Workers(common.AXIS, common.mesh(4))
+        step = kind(common.loss_fn, optax.sgd(0.1), workers, sync, True)
+        states, _ = common.run(step, steps=4)
+        results.append(states[-1])
+        assert bool(used) is (kind is JoinedStep)
+    assert common.distance(*(state.params for state in results)) < 1e-6
