@@ -14,8 +14,6 @@ import jaxcomm
 from jaxcomm.collectives import primitives, rounds
 from jaxcomm.compressors import sign
 from jaxcomm.traffic.count import count
-from jaxcomm.training.overlap import JoinedStep
-from jaxcomm.training.step import TrainStep
 from jaxcomm.training.workers import Workers
 
 
@@ -75,20 +73,25 @@ def test_only_what_is_large():
     assert not rounds.worth_it(10**9, rounds.MOST + 1)
 
 
-@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("every", [0, 1, 2])
 def test_a_step_between_hosts(every, monkeypatch):
-    """Also of a meeting, which is inside a conditional."""
+    """Of gradients, and of meetings, which are inside a conditional."""
     used, own = [], rounds.all_to_all
     monkeypatch.setattr(rounds, "all_to_all", lambda *a: (used.append(a), own(*a))[1])
     monkeypatch.setattr(rounds, "LARGEST", 0)
     results = []
-    for kind in (TrainStep, JoinedStep):
-        monkeypatch.setattr(Workers, "on_hosts", kind is JoinedStep)
-        outer = jaxcomm.error_feedback(sign(), common.AXIS, exchange="two_phase")
-        sync = jaxcomm.periodic(outer, every)
-        workers = Workers(common.AXIS, common.mesh(4))
-        step = kind(common.loss_fn, optax.sgd(0.1), workers, sync, True)
+    for on_hosts in (False, True):
+        monkeypatch.setattr(Workers, "on_hosts", on_hosts)
+        exchange = jaxcomm.error_feedback(sign(), common.AXIS, exchange="two_phase")
+        tx = optax.sgd(0.1) if every else optax.chain(exchange, optax.sgd(0.1))
+        step = jaxcomm.make_train_step(
+            common.loss_fn,
+            tx,
+            axis_name=common.AXIS,
+            sync=jaxcomm.periodic(exchange, every) if every else None,
+            mesh=common.mesh(4),
+        )
         states, _ = common.run(step, steps=4)
         results.append(states[-1])
-        assert bool(used) is (kind is JoinedStep)
+        assert bool(used) is on_hosts
     assert common.distance(*(state.params for state in results)) < 1e-6

@@ -19,15 +19,14 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from jaxcomm.collectives import axis, direct, rounds
+from jaxcomm.collectives import axis
 from jaxcomm.traffic.alone import stand_in
-from jaxcomm.traffic.count import named_axes
 from jaxcomm.traffic.evaluate import bind, outputs
+from jaxcomm.training import _between_hosts
 from jaxcomm.training._pieces import in_one, take_apart
-from jaxcomm.training._program import Piece, Program, communicates
+from jaxcomm.training._program import Piece, Program
 from jaxcomm.training.step import TrainState, TrainStep
 from jaxcomm.training.workers import Workers
 
@@ -135,7 +134,8 @@ class Pieces:
     def _jit(self, piece: Piece):
         names = self._workers.names
         way = lambda value: self._program.place(value, names)
-        run_equation = partial(outputs, rule=_between_hosts) if self._workers.on_hosts else bind
+        hosts = self._workers.on_hosts
+        run_equation = partial(outputs, rule=_between_hosts.rule) if hosts else bind
 
         def run(*args):
             args = [x[0] if way(v)[1] else x for v, x in zip(piece.inputs, args)]
@@ -160,27 +160,6 @@ class Pieces:
 
 def _array(x):
     return x if hasattr(x, "dtype") else np.asarray(x)
-
-
-def _between_hosts(eqn, args: list) -> list | None:
-    """A rule: small sums and gathers go straight to everybody, large exchanges in rounds."""
-    if not communicates(eqn):
-        return bind(eqn, args)
-    name, axes, params = eqn.primitive.name, named_axes(eqn), eqn.params
-    if not axes or len(args) != 1:
-        return None
-    (x,), n = args, axis.size(axes)
-    if name == "psum_invariant":
-        small = direct.worth_it("all-reduce", x.nbytes, n) and x.dtype == jnp.float32
-        return [direct.direct_sum(x, axes)] if small and params == {"axes": axes} else None
-    if params.get("tiled", True) or params.get("axis_index_groups"):
-        return None
-    if name == "all_gather_invariant" and params["all_gather_dimension"] == 0:
-        small = direct.worth_it("all-gather", x.nbytes, n)
-        return [direct.direct_gather(x, axes)] if small else None
-    if name == "all_to_all" and params["split_axis"] == params["concat_axis"] == 0:
-        return [rounds.all_to_all(x, axes)] if rounds.worth_it(x.nbytes, n) else None
-    return None
 
 
 def _run(program, values: list) -> list:

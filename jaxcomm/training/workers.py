@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxcomm.collectives import axis as axis_lib
 from jaxcomm.collectives.axis import AxisName
+from jaxcomm.training._between_hosts import between_hosts
 
 
 class Place(enum.Enum):
@@ -113,6 +114,7 @@ class Workers:
         or prefix for the result.
         """
         if self.mode == "devices":
+            fn = between_hosts(fn) if self.on_hosts else fn
             return self._shard_map(fn, in_places, out_places, self.mesh)
         return self._simulated(fn, in_places, out_places)
 
