@@ -133,7 +133,6 @@ class Bench:
     def times(self, cases: list[Case]) -> Iterator[dict]:
         """One method on one link after the other; compiled and warmed up once, on the fastest."""
         method, size = BY_NAME[cases[0].method], cases[0].size
-        set_rate(RAW)
         peer, batches = self.peer(method, size), self.batches(size)
         local = self.local(method, size, peer)
         together = method.library == "torch" and method.rounds  # no hook: steps are local's
@@ -147,8 +146,6 @@ class Bench:
             set_rate(case.rate)
             pace(case.rate if method.library == "jaxcomm" and case.rate in PACED else None)
             yield self._time(method.rounds, batches, peer.step, alone, local)
-        set_rate(RAW)
-        pace(None)
 
     def _time(self, rounds: int, batches, step, alone, local) -> dict:
         quiet, load = _bytes_of(_meet, 4) / 2, os.getloadavg()[0]
@@ -234,8 +231,8 @@ def main(todo: str, rows: str) -> None:
     groups = itertools.groupby(cases, lambda c: (c.kind, c.size, c.method))
     for (kind, _, _), group in groups:
         same = list(group)
-        if kind == "loss":
-            set_rate(RAW)
+        set_rate(RAW)
+        pace(None)
         results = (bench.loss(c) for c in same) if kind == "loss" else bench.times(same)
         for case, result in zip(same, results):
             if jax.process_index() == 0:

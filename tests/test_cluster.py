@@ -487,6 +487,32 @@ def test_the_next_launcher_removes_what_a_killed_one_left(tmp_path):
 
 
 @pytest.mark.usefixtures("throttled")
+def test_connections_between_hosts_use_cubic(tmp_path):
+    """Whatever the machine's own do; algorithms that it restricts are none of a namespace's."""
+    (tmp_path / "server.py").write_text(
+        "import socket\n"
+        "with socket.create_server(('0.0.0.0', 5000)) as server:\n"
+        "    print(flush=True)\n"
+        "    server.accept()[0].recv(1)\n"
+    )
+    (tmp_path / "client.py").write_text(
+        "import socket, sys\n"
+        "with socket.create_connection((sys.argv[1], 5000), timeout=20) as end:\n"
+        "    print(end.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).decode())\n"
+    )
+    with netns.Network(2, "100mbit") as network:
+        words = [*network.enter(0), sys.executable, str(tmp_path / "server.py")]
+        with subprocess.Popen(words, stdout=subprocess.PIPE) as server:
+            try:
+                assert server.stdout.readline()
+                words = [*network.enter(1), sys.executable, str(tmp_path / "client.py")]
+                used = subprocess.check_output([*words, network.addresses[0]], timeout=30)
+            finally:
+                server.kill()
+    assert used.decode().strip("\0\n") == netns.CONGESTION
+
+
+@pytest.mark.usefixtures("throttled")
 def test_an_error_of_the_launcher_itself_leaves_nothing(monkeypatch):
     def broken(*_, **__):
         raise RuntimeError("planted")

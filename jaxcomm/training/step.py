@@ -22,7 +22,7 @@ from jax.core import Tracer
 
 from jaxcomm.collectives import all_sum, axis
 from jaxcomm.collectives.conditional import Choices, record_choices
-from jaxcomm.collectives.flatten import DIRECT, flatten
+from jaxcomm.collectives.flatten import flatten
 from jaxcomm.collectives.primitives import sum_rows
 from jaxcomm.sync._rule import SyncRule
 from jaxcomm.traffic.count import count
@@ -359,10 +359,9 @@ def _delete(old, new) -> None:
 
 
 def _all_finite(loss, grads) -> jax.Array:
-    """One reduction a leaf; many leaves are joined first, as compressing methods do anyway."""
-    leaves = jax.tree.leaves(grads)
-    parts = leaves if len(leaves) <= DIRECT else [flatten(grads)[0]]
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in [loss, *parts]]))
+    """One reduction a leaf, joined as other leaves are: XLA compiles few kernels for very many."""
+    finite = lambda x: jnp.all(jnp.isfinite(x)).astype(jnp.float32)
+    return jnp.all(flatten(jax.tree.map(finite, (loss, grads)))[0] > 0)
 
 
 def _typed(key):

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxcomm.collectives import AxisName, all_gather, all_to_all, flatten, size
+from jaxcomm.collectives.primitives import sum_rows
 from jaxcomm.compressors import packing
 from jaxcomm.transforms.common import Communication, CountState, zero_count
 
@@ -73,7 +74,7 @@ def _vote(negative: jax.Array, tie: jax.Array, axis_name: AxisName) -> jax.Array
     padded = jnp.pad(negative, (0, n * part - length)).reshape(n, part)
     packed = jax.vmap(lambda row: packing.pack(row, 1))(padded)
     received = all_to_all(packed, axis_name, "votes")
-    votes = jax.vmap(lambda row: packing.unpack(row, 1, part))(received).sum(0)
+    votes = sum_rows(jax.vmap(lambda row: packing.unpack(row, 1, part))(received))
     result = jnp.where(2 * votes == n, tie, 2 * votes > n)
     everyone = all_gather(packing.pack(result, 1), axis_name, "votes")
     whole = jax.vmap(lambda row: packing.unpack(row, 1, part))(everyone)
