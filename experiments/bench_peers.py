@@ -4,8 +4,8 @@
 
 Real processes, each in a network namespace behind a token bucket (needs root; without it, or with
 `--rates=raw`, plain loopback). Cases that WORKDIR/rows.jsonl has are kept: an interrupted run goes
-on. Writes peers.md, peers.json and peers.png. `--quick`: 4 hosts, 100 and 10 Mbit/s, the methods
-that matter most, fewer steps. The PyTorch rows need `pip install jaxcomm[peers]`. Not here:
+on. Writes peers.md, peers.json and peers.png. `--quick`: 4 hosts, the methods that matter most,
+fewer steps. The PyTorch rows need `pip install jaxcomm[peers]`. Not here:
 hivemind (pip finds no versions of its needs that fit each other) and torchft's DiLoCo (it wants a
 lighthouse and a manager server beside the hosts).
 """
@@ -29,7 +29,6 @@ from experiments.rows import read_rows
 KEY = tuple(field.name for field in dataclasses.fields(Case))
 STEPS, QUICK_STEPS = 600, 400
 SECONDS = 16.0  # of a timed case, about
-QUICK_RATES = (RAW, "100mbit", "10mbit")
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
@@ -146,8 +145,7 @@ def main(arguments: list[str]) -> None:
     if without:
         print(without)
     hosts = tuple(int(n) for n in values.hosts or ((4,) if quick else HOSTS))
-    given = values.rates or (QUICK_RATES if quick else RATES)
-    rates = possible(tuple(RAW if rate == "raw" else rate for rate in given))
+    rates = possible(tuple(RAW if rate == "raw" else rate for rate in values.rates or RATES))
     steps = values.steps or (QUICK_STEPS if quick else STEPS)
     setting = Setting(steps, SECONDS, any(rates), values.timeout)
     todo = [c for c in cases(hosts, rates, quick, not without) if values.only in c.method]
