@@ -11,7 +11,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from experiments import cluster
-from jaxcomm.collectives import exchange_mean
+from jaxcomm.collectives import all_gather, direct, exchange_mean, rounds
+from jaxcomm.collectives.means import split_chunks
 from jaxcomm.compressors import block_top_k, cast, quantize, sign
 from jaxcomm.training import distributed
 from tests import common
@@ -39,6 +40,11 @@ def means(n: int) -> dict[str, np.ndarray]:
         out = {f"{way} {codec}": run(way, codec) for way in WAYS for codec in codecs}
         out["buckets"] = run("two_phase", sign(), bucket_bytes=1024)
         out["empty"] = exchange_mean(x[0, :0], sign(), PAIR, exchange="ring").mean
+        out["straight"] = direct.direct_sum(x[0], PAIR)
+        out["everyone's"] = direct.direct_gather(x[0], PAIR)
+        if n > 2:
+            parts = rounds.all_to_all(split_chunks(x[0], n), PAIR)
+            out["rounds"] = all_gather(parts.sum(0), PAIR)
         return out
 
     out = jax.jit(jax.shard_map(fn, mesh=mesh, in_specs=P(PAIR), out_specs=P()))(x)
