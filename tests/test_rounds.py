@@ -14,6 +14,7 @@ import jaxcomm
 from jaxcomm.collectives import primitives, rounds
 from jaxcomm.compressors import sign
 from jaxcomm.traffic.count import count
+from jaxcomm.training._between_hosts import between_hosts
 from jaxcomm.training.workers import Workers
 
 
@@ -95,3 +96,20 @@ def test_a_step_between_hosts(every, monkeypatch):
         results.append(states[-1])
         assert bool(used) is on_hosts
     assert common.distance(*(state.params for state in results)) < 1e-6
+
+
+def test_a_shard_map_inside_stays_whole():
+    """As that of a loss function which splits its work over another axis of the mesh."""
+    x = np.arange(16, dtype=np.float32).reshape(2, 8)
+
+    def fn(x):
+        inner = jax.shard_map(
+            lambda y: jax.lax.psum(y, "b"), in_specs=P("b"), out_specs=P(), axis_names={"b"}
+        )
+        return primitives.all_sum(inner(x[0]), "a")
+
+    options = {"in_specs": P("a"), "out_specs": P(), "axis_names": {"a"}}
+    mesh = common.mesh((2, 2), ("a", "b"))
+    for way in (fn, between_hosts(fn)):
+        found = jax.jit(jax.shard_map(way, mesh=mesh, **options))(x)
+        np.testing.assert_array_equal(found, x.sum(0).reshape(2, 4).sum(0))

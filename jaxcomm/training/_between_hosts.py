@@ -28,9 +28,9 @@ def between_hosts(fn: Callable) -> Callable:
 
 def rule(eqn, args: list) -> list | None:
     """What an equation gives, for `evaluate`."""
-    if not communicates(eqn):
-        return bind(eqn, args)
     name, axes, params = eqn.primitive.name, named_axes(eqn), eqn.params
+    if not communicates(eqn) or name == "shard_map":  # one inside, over other axes, has blocks
+        return bind(eqn, args)
     if not axes or len(args) != 1:
         return None
     (x,), n = args, axis.size(axes)
