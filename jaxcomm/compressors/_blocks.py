@@ -9,16 +9,21 @@ import jax
 import jax.numpy as jnp
 
 
+def block_rows(x: jax.Array, block_size: int | None) -> list[jax.Array]:
+    """The whole blocks as rows (n, block), and a short last one as (1, rest)."""
+    size = x.shape[0]
+    block = widest(size, block_size)
+    whole = size // block * block
+    rows = [x[:whole].reshape(-1, block)]
+    return rows if whole == size else [*rows, x[whole:].reshape(1, -1)]
+
+
 def reduce_blocks(
     fn: Callable[[jax.Array], jax.Array], x: jax.Array, block_size: int | None
 ) -> jax.Array:
     """`fn` of rows (n, block) to (n,), over all blocks: shape (blocks,); no block for size 0."""
-    size = x.shape[0]
-    block = widest(size, block_size)
-    whole = size // block * block
-    if whole == size:
-        return fn(x.reshape(-1, block))
-    return jnp.concatenate([fn(x[:whole].reshape(-1, block)), fn(x[whole:].reshape(1, -1))])
+    parts = [fn(rows) for rows in block_rows(x, block_size)]
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
 
 
 def expand(per_block: jax.Array, size: int, block_size: int | None) -> jax.Array:

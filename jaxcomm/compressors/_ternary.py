@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcomm.compressors import packing
-from jaxcomm.compressors._blocks import check_block_size, expand, reduce_blocks, widest
+from jaxcomm.compressors._blocks import block_rows, check_block_size, expand, widest
 from jaxcomm.compressors.base import Compressor, Payload
 
 
@@ -28,18 +28,22 @@ class Ternary(Compressor):
 
     def encode(self, x: jax.Array, key: jax.Array | None = None) -> Payload:
         del key
-        of_blocks = lambda fn, v: reduce_blocks(fn, v, self.block_size)
-        floor = self.threshold * of_blocks(lambda rows: jnp.abs(rows).mean(1), x)
-        floor = expand(floor, x.shape[0], self.block_size)
-        sent = jnp.where(jnp.abs(x) > floor, jnp.abs(x), 0.0)
-        total = of_blocks(lambda rows: rows.sum(1), sent)
-        count = of_blocks(lambda rows: (rows > 0).sum(1, dtype=jnp.int32), sent)
-        trits = (x > floor).astype(jnp.uint8) + (x >= -floor)
-        return {"values": packing.pack_trits(trits), "scale": total / jnp.maximum(count, 1)}
+        parts = [self._code(rows) for rows in block_rows(x, self.block_size)]
+        trits, scale = (jnp.concatenate(part) for part in zip(*parts))
+        return {"values": packing.pack_trits(trits), "scale": scale}
 
     def decode(self, payload: Payload, size: int) -> jax.Array:
-        trits = packing.unpack_trits(payload["values"], size).astype(jnp.float32) - 1.0
+        trits = packing.unpack_trits(payload["values"], size).astype(jnp.int32).astype(jnp.float32) - 1.0
         return trits * expand(payload["scale"], size, self.block_size)
+
+    def _code(self, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The trits + 1 of rows, flat, and the scale of each row."""
+        size = jnp.abs(rows)
+        floor = self.threshold * size.mean(1, keepdims=True)
+        sent = size > floor
+        total, count = jnp.where(sent, size, 0.0).sum(1), sent.sum(1, dtype=jnp.int32)
+        trits = (rows > floor).astype(jnp.uint8) + (rows >= -floor)
+        return trits.reshape(-1), total / jnp.maximum(count, 1)
 
     def alpha(self, size: int) -> float | None:
         """What is left out has at most d (threshold ||v||_1 / d)^2 <= threshold^2 ||v||^2."""

@@ -62,16 +62,19 @@ def pack_trits(values: jax.Array) -> jax.Array:
     """
     n = -(-values.shape[0] // 5)
     digits = jnp.pad(values.astype(jnp.uint8), (0, 5 * n - values.shape[0])).reshape(5, n)
-    return sum((digits[i] * jnp.uint8(3**i) for i in range(1, 5)), start=digits[0])
+    return (digits * jnp.array([[1], [3], [9], [27], [81]], jnp.uint8)).sum(0, dtype=jnp.uint8)
 
 
 def unpack_trits(data: jax.Array, count: int) -> jax.Array:
-    """The `count` values (uint8) that `pack_trits` packed into these bytes."""
-    digits, rest = [], data.astype(jnp.uint32)
-    for _ in range(5):
-        digits.append((rest % 3).astype(jnp.uint8))
-        rest = rest // 3
-    return jnp.concatenate(digits)[:count]
+    """The `count` values (uint32) that `pack_trits` packed into these bytes.
+
+    b // 3^i is b ceil(2^16 / 3^i) // 2^16, exactly, for bytes below 243: products vectorize, and
+    unlike five parts that are concatenated they cost no branches where XLA fuses the result.
+    """
+    power = jnp.array([[65536], [21846], [7282], [2428], [810], [0]], jnp.uint32)
+    data = data.astype(jnp.uint32)
+    above = lambda i: (data * power[i : i + 5]) >> 16
+    return (above(0) - 3 * above(1)).reshape(-1)[:count]
 
 
 def _planes(bits: int) -> list[tuple[int, int]]:

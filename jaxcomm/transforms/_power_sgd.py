@@ -55,6 +55,7 @@ class PowerSGDState(NamedTuple):
 
 # exactness of the telescoping sum: no TF32 or bfloat16 passes
 _matmul = functools.partial(jnp.matmul, precision="highest")
+FEW = 8  # columns
 
 
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int] | None:
@@ -221,17 +222,25 @@ def _low_rank_mean(total, query, dense, mean_fn, own_error: bool):
     vector, unflatten = flatten(own)
     qs = unflatten(mean_fn(vector, hop=1)) if own else []
 
-    def ungroup(stacks, shaped=True):
+    def ungroup(stacks):
         parts = [x for stack in stacks for x in stack]
         out = dict(zip((i for members in groups.values() for i in members), parts))
-        return treedef.unflatten(
-            [out[i].reshape(leaf.shape) if shaped else out[i] for i, leaf in enumerate(leaves)]
-        )
+        return [out[i] for i in range(len(leaves))]
 
-    mean = ungroup([_matmul(p, q.mT) for p, q in zip(ps, qs)])
     lost = own if own_error else qs
-    error = ungroup([m - _matmul(p, q.mT) for m, p, q in zip(ms, ps, lost)])
-    return mean, dense, error, ungroup(qs, shaped=False)
+    ps, qs, lost = ungroup(ps), ungroup(qs), ungroup(lost)
+    mean = [_product(p, q).reshape(leaf.shape) for p, q, leaf in zip(ps, qs, leaves)]
+    error = [leaf - _product(p, q).reshape(leaf.shape) for p, q, leaf in zip(ps, lost, leaves)]
+    return treedef.unflatten(mean), dense, treedef.unflatten(error), treedef.unflatten(qs)
+
+
+def _product(p: jax.Array, q: jax.Array) -> jax.Array:
+    """P Q^T; of few columns as a sum of outer products, which XLA fuses with what it is used in."""
+    rank = p.shape[1]
+    if not 0 < rank <= FEW:
+        return _matmul(p, q.mT)
+    outer = (p[:, k, None] * q.mT[k] for k in range(rank))
+    return functools.reduce(jnp.add, outer)
 
 
 def _check(rank, min_compression_rate, start_step) -> None:
