@@ -49,7 +49,7 @@ def _join(parts: Sequence[jax.Array]) -> jax.Array:
     """The parts as one vector."""
     while len(parts) > DIRECT:
         groups = [parts[i : i + GROUP] for i in range(0, len(parts), GROUP)]
-        parts = [_fence(jnp.concatenate(group)) for group in groups]
+        parts = [fence(jnp.concatenate(group)) for group in groups]
     return jnp.concatenate(parts)
 
 
@@ -62,11 +62,11 @@ def _cut(vector: jax.Array, sizes: Sequence[int]) -> Sequence[jax.Array]:
         length *= GROUP
     groups = [sizes[i : i + length] for i in range(0, len(sizes), length)]
     parts = lax.split(vector, [sum(group) for group in groups])
-    return [x for part, group in zip(parts, groups) for x in _cut(_fence(part), group)]
+    return [x for part, group in zip(parts, groups) for x in _cut(fence(part), group)]
 
 
 @jax.custom_jvp
-def _fence(x: jax.Array) -> jax.Array:
+def fence(x: jax.Array) -> jax.Array:
     """x. Nothing is fused or merged across it (the CPU compiler drops optimization_barrier).
 
     A loop that never runs: XLA does not know that nothing is larger than infinity.
@@ -76,9 +76,9 @@ def _fence(x: jax.Array) -> jax.Array:
     return lax.while_loop(lambda x: x[0] > jnp.inf, lambda x: -x, x)
 
 
-@_fence.defjvp
+@fence.defjvp
 def _(primals, tangents):
-    return _fence(*primals), *tangents
+    return fence(*primals), *tangents
 
 
 def leaf_buckets(tree, bucket_bytes: int | None) -> list[list[int]]:

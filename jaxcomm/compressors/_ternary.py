@@ -33,8 +33,8 @@ class Ternary(Compressor):
         return {"values": packing.pack_trits(trits), "scale": scale}
 
     def decode(self, payload: Payload, size: int) -> jax.Array:
-        trits = packing.unpack_trits(payload["values"], size).astype(jnp.int32).astype(jnp.float32) - 1.0
-        return trits * expand(payload["scale"], size, self.block_size)
+        trits = packing.unpack_trits(payload["values"], size).astype(jnp.int32) - 1
+        return trits.astype(jnp.float32) * expand(payload["scale"], size, self.block_size)
 
     def _code(self, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The trits + 1 of rows, flat, and the scale of each row."""

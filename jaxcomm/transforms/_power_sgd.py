@@ -31,7 +31,7 @@ import optax
 
 from jaxcomm.collectives import AxisName, cond, dense_mean, exchange_mean, flatten
 from jaxcomm.collectives.exchange import check_exchange
-from jaxcomm.collectives.flatten import leaf_buckets, zeros_like_float32
+from jaxcomm.collectives.flatten import fence, leaf_buckets, zeros_like_float32
 from jaxcomm.compressors import Compressor
 from jaxcomm.transforms.common import (
     Communication,
@@ -220,7 +220,8 @@ def _low_rank_mean(total, query, dense, mean_fn, own_error: bool):
     ps = [jnp.linalg.qr(p)[0] for p in ps]
     own = [_matmul(m.mT, p) for m, p in zip(ms, ps)]
     vector, unflatten = flatten(own)
-    qs = unflatten(mean_fn(vector, hop=1)) if own else []
+    # fenced: fused into every product, a codec's decoding was done anew for each element
+    qs = unflatten(fence(mean_fn(vector, hop=1))) if own else []
 
     def ungroup(stacks):
         parts = [x for stack in stacks for x in stack]
