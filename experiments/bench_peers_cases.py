@@ -20,6 +20,7 @@ RATES = (RAW, "1gbit", "100mbit", "10mbit")
 HOSTS = (2, 4)
 DENSE = "DDP float32"  # what others are compared with
 PERIOD = 32  # local steps of a round, of every method with rounds of one length
+SEEDS = 3  # of the comparison whose outcome a single one would leave to chance
 AXIS = "workers"
 ADAMW = {"b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": 1e-4}
 
@@ -45,6 +46,7 @@ class Method:
       key: belongs to the quick comparison.
       rate: times the learning rate of the others.
       background: of jaxcomm: collectives travel beside the computation.
+      seeds: trainings, each of another initialization and order of batches.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Method:
     key: bool = True
     rate: float = 1.0
     background: bool = False
+    seeds: int = 1
 
 
 def _compressed(name: str, transform: str, key: bool = True, background=False) -> Method:
@@ -63,26 +66,27 @@ def _compressed(name: str, transform: str, key: bool = True, background=False) -
     return Method(name, "jaxcomm", chain, key=key, background=background)
 
 
-def _local(name: str, sync: str, rounds: int, rate: float = 1.0) -> Method:
-    return Method(name, "jaxcomm", "optax.adamw(learning_rate)", sync, rounds=rounds, rate=rate)
+def _local(name: str, sync: str, rounds: int, **options) -> Method:
+    return Method(name, "jaxcomm", "optax.adamw(learning_rate)", sync, rounds=rounds, **options)
 
 
 _EF = "error_feedback({}, axis_name{})"
 _TWO_PHASE = ", exchange='two_phase'"
 _TWO_BITS = "compose(block_top_k(0.005), quantize(4))"
-_FOUR_BITS = f"factors=quantize(4){_TWO_PHASE}"
+_BITS = f"factors=quantize({{}}){_TWO_PHASE}"
 _QSR = "qsr(learning_rate, alpha=0.012, h_base=8, warmup_steps=warmup_steps)"
 _SHORT = f"periodic({_EF.format('ternary(1024)', _TWO_PHASE)}, 3, total_steps=steps)"
 
 METHODS = (  # in turn: neither library has the quieter half of the day
-    Method(DENSE, "torch", hook="float32"),
+    Method(DENSE, "torch", hook="float32", seeds=SEEDS),
     _compressed("jaxcomm dense", "average(axis_name, bucket_bytes=2_000_000)", background=True),
     Method("plain JAX dense", "jax"),
     Method("DDP fp16 hook", "torch", hook="fp16"),
     _compressed("jaxcomm sign, two-phase", _EF.format("sign()", _TWO_PHASE)),
     Method("DDP PowerSGD r1", "torch", hook="rank 1"),
     _compressed("jaxcomm PowerSGD r4", "power_sgd(4, axis_name)"),
-    _compressed("jaxcomm PowerSGD r4, 4 bits", f"power_sgd(4, axis_name, {_FOUR_BITS})"),
+    _compressed("jaxcomm PowerSGD r4, 8 bits", f"power_sgd(4, axis_name, {_BITS.format(8)})"),
+    _compressed("jaxcomm PowerSGD r4, 4 bits", f"power_sgd(4, axis_name, {_BITS.format(4)})"),
     Method("DDP PowerSGD r2", "torch", hook="rank 2", key=False),
     _compressed("jaxcomm EF21 top 1 %", "ef21(block_top_k(0.01), axis_name)", key=False),
     Method("DDP PowerSGD r4", "torch", hook="rank 4"),
@@ -90,7 +94,7 @@ METHODS = (  # in turn: neither library has the quieter half of the day
     Method("DDP post-local SGD", "torch", hook="post_local", rounds=PERIOD + 1),
     _local("jaxcomm QSR", f"local_sgd(axis_name, {_QSR}, total_steps=steps)", 40),
     _local("jaxcomm DiLoCo", f"diloco(axis_name, {PERIOD}, total_steps=steps)", PERIOD + 1),
-    _local("jaxcomm local, ternary, every 3", _SHORT, 9, rate=2.0),
+    _local("jaxcomm local, ternary, every 3", _SHORT, 9, rate=1.5, seeds=SEEDS),
     _local(
         "jaxcomm streaming fp4",
         f"streaming_diloco(axis_name, {PERIOD}, 4, total_steps=steps)",
@@ -114,14 +118,14 @@ class Case:
     rate: str
 
 
-def config(size: str, hosts: int, steps: int) -> Config:
+def config(size: str, hosts: int, steps: int, seed: int = 0) -> Config:
     """The config of a training, with the fields that `experiments.train` reads."""
     result: Config = ml_collections.ConfigDict()
     task: Config = task_config("lm")
     task.update({"seq_len": 64, "validation_windows": 64, "max_bytes": 4_000_000})
     task.model.update(_SIZES[size])
     result.task = task
-    result.seed, result.workers, result.steps = 0, hosts, steps
+    result.seed, result.workers, result.steps = seed, hosts, steps
     result.batch_size = hosts  # one window of 64 bytes a worker
     warmup = max(1, steps // 10)
     result.learning_rate = ml_collections.ConfigDict(

@@ -56,30 +56,30 @@ class Bench:
     def __init__(self, plan: Plan):
         self.plan, self.hosts, self.rank = plan, jax.process_count(), jax.process_index()
         self._connected = False
-        self._tasks: dict[str, Any] = {}
+        self._tasks: dict[tuple[str, int], Any] = {}
         self._baselines: dict[str, PlainJax] = {}
         self._step: tuple[Any, Any] = (None, None)
 
-    def task(self, size: str):
+    def task(self, size: str, seed: int = 0):
         """Config, task, initial parameters and learning rates of a size."""
-        if size not in self._tasks:
-            cfg = config(size, self.hosts, self.plan.steps)
+        if (size, seed) not in self._tasks:
+            cfg = config(size, self.hosts, self.plan.steps, seed)
             task = make_task(cfg)
             params = jax.device_get(task.init(jax.random.key(cfg.seed)))
             with jax.default_device(jax.local_devices()[0]):
                 rates = np.asarray(jax.vmap(learning_rate(cfg))(np.arange(self.plan.steps)))
-            self._tasks[size] = cfg, task, params, rates
-        return self._tasks[size]
+            self._tasks[size, seed] = cfg, task, params, rates
+        return self._tasks[size, seed]
 
-    def batches(self, size: str) -> Iterator[np.ndarray]:
+    def batches(self, size: str, seed: int = 0) -> Iterator[np.ndarray]:
         """This host's part of every global batch."""
-        cfg, task, _, _ = self.task(size)
+        cfg, task, _, _ = self.task(size, seed)
         data = task.train_iterator(cfg.batch_size, cfg.seed, self.rank, self.hosts)
         return (batch["tokens"] for batch in data)
 
-    def peer(self, method: Method, size: str, start: int = 1):
+    def peer(self, method: Method, size: str, start: int = 1, seed: int = 0):
         """The method, at its initial parameters; after `start` steps workers may go apart."""
-        cfg, task, params, rates = self.task(size)
+        cfg, task, params, rates = self.task(size, seed)
         if method.library == "jaxcomm":
             if self._step[0] != (method, size):  # the training before the timing compiled it
                 self._step = (method, size), make_step(method, cfg, task)
@@ -109,9 +109,14 @@ class Bench:
         return self._baselines[size].alone
 
     def loss(self, case: Case) -> dict:
-        """Validation loss along a training; the kind of every step."""
+        """Validation loss along a training of each seed; the kind of every step, of the first's."""
+        runs = [self._train(case, seed) for seed in range(BY_NAME[case.method].seeds)]
+        return runs[0] | {"curves": [run["curve"] for run in runs]}
+
+    def _train(self, case: Case, seed: int) -> dict:
         method, start = BY_NAME[case.method], max(1, self.plan.steps // 10)
-        peer, batches = self.peer(method, case.size, start), self.batches(case.size)
+        peer = self.peer(method, case.size, start, seed)
+        batches = self.batches(case.size, seed)
         every = max(1, self.plan.steps // EVALUATIONS)
         kinds, curve, spent = [], [(0, self._evaluate(case.size, peer.params()))], 0.0
         for done in range(1, self.plan.steps + 1):

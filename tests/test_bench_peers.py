@@ -185,6 +185,22 @@ def test_checks_say_what_holds(rows):
     assert told[best][1]
 
 
+@pytest.mark.parametrize(("second", "said"), [(0.7, "DiLoCo: 1.2 s against"), (1.3, "ends at")])
+def test_wall_time_is_that_of_the_mean_of_as_many_seeds(rows, second, said):
+    """Dense ends at 1.0 and 0.9, DiLoCo at 0.9 and the second."""
+    for name, other in ((DENSE, [3.0, 2.0, 0.9]), ("jaxcomm DiLoCo", [3.0, 1.5, second])):
+        row = next(r for r in rows if r["method"] == name and r["kind"] == "loss")
+        row["curves"] = [row["curve"], loss_row(name, other, row["kinds"])["curve"]]
+    told = {text: (figures, holds) for text, figures, holds in checks(index(rows), 4)}
+    text = "wall time to the dense loss 0.950 at least 10 x less, 100mbit (means of 2 seeds)"
+    figures, holds = told[text]
+    assert said in figures
+    assert not holds
+    diloco = loss_row("jaxcomm DiLoCo", [3.0, 1.5, 0.9], ["0", "1", "0", "2"])
+    told = [text for text, *_ in checks(index([*rows[:-1], diloco]), 4)]
+    assert "wall time to the dense loss 1.000 at least 10 x less, 100mbit" in told
+
+
 def test_report_has_every_method_and_check(rows):
     text = report(rows, [m.name for m in METHODS])
     for name in {row["method"] for row in rows}:
