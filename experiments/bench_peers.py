@@ -159,13 +159,14 @@ def main(arguments: list[str]) -> None:
     if failed:
         print(failed, file=sys.stderr)
     if rows:
-        _publish(rows, workdir, quick, steps)
+        chosen = f"--hosts={','.join(values.hosts)} " if values.hosts else ""
+        _publish(rows, workdir, ("--quick " if quick else "") + chosen, steps)
     if failed:
         sys.exit(1)
 
 
-def _publish(rows: list[dict], workdir: Path, quick: bool, steps: int) -> None:
-    names, options = [m.name for m in METHODS], "--quick " if quick else ""
+def _publish(rows: list[dict], workdir: Path, options: str, steps: int) -> None:
+    names = [m.name for m in METHODS]
     text = report(rows, names, options, predictions(index(rows), steps))
     (workdir / "peers.md").write_text(text)
     temporary = workdir / "peers.json.tmp"

@@ -21,7 +21,7 @@ from jaxcomm.traffic.alone import without_communication
 from jaxcomm.training.loop import put_batch
 from jaxcomm.training.make import make_train_step
 from jaxcomm.training.overlap import OverlappedStep
-from jaxcomm.training.step import TrainStep
+from jaxcomm.training.step import TrainStep, free
 
 Arrays = dict[str, np.ndarray]
 
@@ -76,8 +76,9 @@ class Jaxcomm:
         if self._alone is None:
             self._start_alone(put_batch(self._step, {"tokens": tokens}))
         assert self._alone is not None
-        out = jax.block_until_ready(self._alone(*self._mine, _put(tokens)))
-        self._mine = out[: len(self._mine)]
+        old, out = self._mine, self._alone(*self._mine, _put(tokens))
+        free(old, out)  # as the step does
+        self._mine = jax.block_until_ready(out)[: len(old)]
 
     def _start_alone(self, batch) -> None:
         self._mine = [x.addressable_data(0).copy() for x in jax.tree.leaves(self._state)]

@@ -20,9 +20,10 @@ from jaxcomm.collectives.flatten import __name__ as FLATTEN
 SIZES = np.random.default_rng(0).integers(0, 4, 24).tolist()  # empty leaves as well
 
 
-@pytest.fixture
-def few(monkeypatch):
-    """24 leaves are many."""
+@pytest.fixture(params=["cpu", "gpu"])
+def few(request, monkeypatch):
+    """24 leaves are many, with either kind of fence."""
+    monkeypatch.setattr(jax, "default_backend", lambda: request.param)
     monkeypatch.setattr(sys.modules[FLATTEN], "DIRECT", 4)
     monkeypatch.setattr(sys.modules[FLATTEN], "GROUP", 3)
 

@@ -10,7 +10,8 @@ import pytest
 from sync_runs import AXIS, Quadratic, collectives_outside_conditionals, run
 
 import jaxcomm
-from jaxcomm.collectives.pairs import exchange, matchings
+from jaxcomm.collectives.pairs import matchings
+from jaxcomm.collectives.primitives import permute
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 7, 8, 16])
@@ -25,7 +26,7 @@ def test_matchings_contain_every_pair_once(n):
 def test_partners_swap_on_real_devices():
     partners = matchings(8)[2]
     x = jnp.arange(8.0)
-    swap = lambda x: exchange(x, AXIS, partners)
+    swap = lambda x: permute(x, AXIS, partners)
     mesh = jax.make_mesh((8,), (AXIS,), axis_types=(jax.sharding.AxisType.Auto,))
     spec = jax.sharding.PartitionSpec(AXIS)
     real = jax.jit(jax.shard_map(swap, mesh=mesh, in_specs=spec, out_specs=spec))(x)

@@ -67,12 +67,15 @@ def _cut(vector: jax.Array, sizes: Sequence[int]) -> Sequence[jax.Array]:
 
 @jax.custom_jvp
 def fence(x: jax.Array) -> jax.Array:
-    """x. Nothing is fused or merged across it (the CPU compiler drops optimization_barrier).
+    """x. Nothing is fused or merged across it.
 
-    A loop that never runs: XLA does not know that nothing is larger than infinity.
+    The CPU compiler drops an optimization barrier: there a loop that never runs, as XLA does not
+    know that nothing is larger than infinity.
     """
     if x.size == 0 or not jnp.issubdtype(x.dtype, jnp.floating):
         return x
+    if jax.default_backend() != "cpu":
+        return lax.optimization_barrier(x)
     return lax.while_loop(lambda x: x[0] > jnp.inf, lambda x: -x, x)
 
 

@@ -1,15 +1,9 @@
-"""Exchanges between two workers: static matchings, one of which a round may draw.
+"""Pairs of workers: static matchings, one of which a round may draw.
 
 With n workers, n even, the n - 1 matchings of a round-robin tournament contain every pair exactly
 once, so that a uniform draw pairs any two workers with probability 1 / (n - 1), as a uniform random
 perfect matching does. With n odd there are n, and one worker sits out each.
 """
-
-import jax
-from jax import lax
-
-from jaxcomm.collectives import axis
-from jaxcomm.collectives.primitives import SCOPE
 
 
 def matchings(workers: int) -> list[tuple[int, ...]]:
@@ -25,12 +19,3 @@ def matchings(workers: int) -> list[tuple[int, ...]]:
                 partner[a], partner[b] = b, a
         found.append(tuple(partner))
     return found
-
-
-def exchange(
-    x: jax.Array, axis_name: str, partners: tuple[int, ...], part: str = "values"
-) -> jax.Array:
-    """The partner's x, float32; worker i and worker partners[i] swap."""
-    (name,) = axis.axes(axis_name)
-    with jax.named_scope(SCOPE + part):
-        return lax.ppermute(axis.varying(x, name), name, list(enumerate(partners)))

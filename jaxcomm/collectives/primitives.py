@@ -5,6 +5,8 @@ widens bf16, fp8 and int4 collectives silently. What is summed is float32. Each 
 the program (`jaxcomm.wire.<part>`), so that a traffic report can tell payload from metadata.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -128,6 +130,17 @@ def all_to_all(x: jax.Array, axis_name: AxisName, part: str = "values") -> jax.A
 def _mapped(x: jax.Array, name: str) -> jax.Array:
     """x as a value that vmap maps over `name`: all_to_all of others comes out wrong (jax 0.12)."""
     return lax.select(lax.axis_index(name) >= 0, x, x)
+
+
+def permute(
+    x: jax.Array, axis_name: AxisName, ends: Sequence[int], part: str = "values"
+) -> jax.Array:
+    """Sends x of worker i to worker ends[i], a permutation; several axes only under shard_map."""
+    names = _names(axis_name)
+    wire = axis.varying(_to_wire(x), names)
+    with jax.named_scope(SCOPE + part):
+        wire = lax.ppermute(wire, names if len(names) > 1 else names[0], [*enumerate(ends)])
+    return _from_wire(wire, x.dtype)
 
 
 def shift(x: jax.Array, axis_name: AxisName, by: int = 1, part: str = "values") -> jax.Array:

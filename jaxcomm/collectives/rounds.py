@@ -16,9 +16,8 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
-from jaxcomm.collectives import axis
+from jaxcomm.collectives import axis, primitives
 from jaxcomm.collectives.axis import AxisName
 from jaxcomm.collectives.direct import LARGEST, MOST
 
@@ -41,12 +40,12 @@ def all_to_all(x: jax.Array, axis_name: AxisName) -> jax.Array:
     rows = x.reshape(n, -1)
     rows = jnp.pad(rows, ((0, 0), (0, -rows.shape[1] % parts))).reshape(n * parts, -1)
     leaving = axis.varying(rows, names)[jnp.asarray(sent)[me]]
-    rounds = zip(leaving, to)
-    arrived = [lax.ppermute(row, names, [*enumerate(ends)]) for row, ends in rounds]
+    arrived = [primitives.permute(row, names, ends) for row, ends in zip(leaving, to)]
     found = jnp.stack([*arrived, *leaving[len(to) :]])[jnp.asarray(received)[me]]
     return found.reshape(n, -1)[:, : x.size // n].reshape(x.shape)
 
 
+@functools.cache
 def permutations(n: int) -> list[list[int]]:
     """For each round and worker the one that it sends to; every pair once (n odd) or twice."""
     if n % 2:

@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxcomm.collectives import cond, flatten, index, mean, size
-from jaxcomm.collectives.pairs import exchange, matchings
+from jaxcomm.collectives.pairs import matchings
+from jaxcomm.collectives.primitives import permute
 from jaxcomm.sync._periodic import is_due, local_sgd
 from jaxcomm.sync._rule import SyncRule
 from jaxcomm.sync._schedules import Schedule, as_schedule, check_total_steps, round_end
@@ -118,6 +119,6 @@ def _gossip(params, axis_name: str, key: jax.Array, chance, coin: str):
 
 def _average(params, axis_name: str, partners: tuple[int, ...], active: jax.Array):
     own, unflatten = flatten(params)
-    both = 0.5 * (own + exchange(own, axis_name, partners))
+    both = 0.5 * (own + permute(own, axis_name, partners))
     mine = active[index(axis_name)] if active.ndim else active
     return unflatten(jnp.where(mine, both, own))

@@ -210,7 +210,7 @@ class TrainStep:
             self._run = self._compile(state)
         out, metrics, branches = self.workers.settle(self._run(*_apart(state), batch))
         if self._donate:
-            _delete(state, out)
+            free(state, out)
         state = out._replace(layout=state.layout)
         if self._sync is not None:
             metrics = jax.tree.map(_visible_mean, metrics)
@@ -350,7 +350,7 @@ def _apart(state: TrainState) -> tuple[Any, TrainState]:
     return state.sync_state, state._replace(sync_state=())
 
 
-def _delete(old, new) -> None:
+def free(old, new) -> None:
     """Frees the arrays of a state that are not those of the next one as well."""
     kept = {id(x) for x in jax.tree.leaves(new)}
     for x in jax.tree.leaves(old):
