@@ -139,7 +139,7 @@ def permute(
     names = _names(axis_name)
     wire = axis.varying(_to_wire(x), names)
     with jax.named_scope(SCOPE + part):
-        wire = lax.ppermute(wire, names if len(names) > 1 else names[0], [*enumerate(ends)])
+        wire = lax.ppermute(wire, names[0] if len(names) == 1 else names, [*enumerate(ends)])
     return _from_wire(wire, x.dtype)
 
 
