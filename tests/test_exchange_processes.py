@@ -42,9 +42,8 @@ def means(n: int) -> dict[str, np.ndarray]:
         out["empty"] = exchange_mean(x[0, :0], sign(), PAIR, exchange="ring").mean
         out["straight"] = direct.direct_sum(x[0], PAIR)
         out["everyone's"] = direct.direct_gather(x[0], PAIR)
-        if n > 2:
-            parts = rounds.all_to_all(split_chunks(x[0], n), PAIR)
-            out["rounds"] = all_gather(parts.sum(0), PAIR)
+        parts = rounds.all_to_all(split_chunks(x[0], n), PAIR)
+        out["rounds"] = all_gather(parts.sum(0), PAIR)
         return out
 
     out = jax.jit(jax.shard_map(fn, mesh=mesh, in_specs=P(PAIR), out_specs=P()))(x)

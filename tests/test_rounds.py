@@ -30,7 +30,9 @@ def test_permutations(n):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "uint8", "uint16", "int32"])
-@pytest.mark.parametrize(("mesh", "names"), [(4, ("w",)), ((2, 2), ("a", "b")), (3, ("w",))])
+@pytest.mark.parametrize(
+    ("mesh", "names"), [(4, ("w",)), ((2, 2), ("a", "b")), (3, ("w",)), (2, ("w",))]
+)
 def test_values(mesh, names, dtype):
     n = int(np.prod(mesh))
     draw = lambda s: np.random.default_rng(len(s)).integers(0, 200, (n, n, *s)).astype(dtype)
@@ -58,7 +60,22 @@ def test_more_workers(n):
     np.testing.assert_array_equal(jax.jit(run)(x), x.swapaxes(0, 1))
 
 
-@pytest.mark.parametrize("n", [3, 4, 6])
+@pytest.mark.parametrize(("size", "pieces"), [(1, 1), (15, 1), (16, 2), (100, 7), (10_000, 32)])
+def test_two_workers_swap_in_pieces(size, pieces, monkeypatch):
+    monkeypatch.setattr(rounds, "LARGEST", 64)
+    x = np.arange(4 * size, dtype=np.float32).reshape(2, 2, size)
+    run = jax.shard_map(
+        lambda x: rounds.all_to_all(x[0], "w")[None],
+        mesh=common.mesh(2, ("w",)),
+        in_specs=P("w"),
+        out_specs=P("w"),
+    )
+    np.testing.assert_array_equal(jax.jit(run)(x), x.swapaxes(0, 1))
+    swaps = count(lambda x: rounds.all_to_all(x, "w"), x[0], axis_sizes={"w": 2})
+    assert [c.sent_bytes for c in swaps] == pytest.approx([4 * size / pieces] * pieces, abs=4)
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 6])
 def test_bytes_of_an_all_to_all(n):
     x = jnp.ones((n, 400))
     sent = lambda fn: sum(c.sent_bytes for c in count(fn, x, axis_sizes={"w": n}))
@@ -70,7 +87,8 @@ def test_only_what_is_large():
     at = rounds.LARGEST
     assert rounds.worth_it(4 * at + 1, 4)
     assert not rounds.worth_it(4 * at, 4)
-    assert not rounds.worth_it(10**9, 2)
+    assert rounds.worth_it(2 * at + 1, 2)
+    assert not rounds.worth_it(2 * at, 2)
     assert not rounds.worth_it(10**9, rounds.MOST + 1)
 
 

@@ -7,7 +7,8 @@ number of workers these are the shifts by 1, ..., n-1. For an even one the shift
 mutual exchange, and messages travel in two halves: with m = n-1 workers on a circle and one in its
 centre, each round is a shift of the circle in which one arc goes by the centre, such that the arcs
 that are replaced form the zigzag 0, m-1, 1, m-2, ..., which then is a round of its own; and the
-same for the zigzag backwards. The 2m rounds have every arc twice. The bytes are the all-to-all's.
+same for the zigzag backwards. The 2m rounds have every arc twice. Two workers can but swap: they do
+it in pieces, so that who waits waits for one of them. The bytes are the all-to-all's.
 """
 
 import functools
@@ -21,19 +22,23 @@ from jaxcomm.collectives import axis, primitives
 from jaxcomm.collectives.axis import AxisName
 from jaxcomm.collectives.direct import LARGEST, MOST
 
+PIECES = 32  # of a swap, at most
+
 
 def worth_it(size_bytes: int, workers: int) -> bool:
     """Whether an all-to-all of an operand of so many bytes is large enough."""
-    return 3 <= workers <= MOST and size_bytes > workers * LARGEST
+    return 2 <= workers <= MOST and size_bytes > workers * LARGEST
 
 
 def all_to_all(x: jax.Array, axis_name: AxisName) -> jax.Array:
     """Row j goes to worker j: (n, ...) -> (n, ...), row i of the result came from worker i.
 
-    For n of 3 or more, under shard_map.
+    For n of 2 or more, under shard_map.
     """
     names = axis.axes(axis_name)
     n, me = axis.size(names), axis.index(names)
+    if n == 2:
+        return _swap(x, names)
     to = permutations(n)
     parts = len(to) // (n - 1)
     sent, received = _tables(n)
@@ -43,6 +48,15 @@ def all_to_all(x: jax.Array, axis_name: AxisName) -> jax.Array:
     arrived = [primitives.permute(row, names, ends) for row, ends in zip(leaving, to)]
     found = jnp.stack([*arrived, *leaving[len(to) :]])[jnp.asarray(received)[me]]
     return found.reshape(n, -1)[:, : x.size // n].reshape(x.shape)
+
+
+def _swap(x: jax.Array, names: tuple[str, ...]) -> jax.Array:
+    rows, me = axis.varying(x.reshape(2, -1), names), axis.index(names)
+    own, leaving = rows[me], rows[1 - me]
+    pieces = jnp.array_split(leaving, min(PIECES, leaving.nbytes // LARGEST + 1))
+    arrived = jnp.concatenate([primitives.permute(piece, names, (1, 0)) for piece in pieces])
+    found = jnp.where(me == 0, jnp.stack([own, arrived]), jnp.stack([arrived, own]))
+    return found.reshape(x.shape)
 
 
 @functools.cache
