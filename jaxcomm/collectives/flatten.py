@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxcomm.compressors._fence import fence
+
 DIRECT = 128  # leaves that are joined and cut at once
 GROUP = 64  # of more leaves
 
@@ -63,25 +65,6 @@ def _cut(vector: jax.Array, sizes: Sequence[int]) -> Sequence[jax.Array]:
     groups = [sizes[i : i + length] for i in range(0, len(sizes), length)]
     parts = lax.split(vector, [sum(group) for group in groups])
     return [x for part, group in zip(parts, groups) for x in _cut(fence(part), group)]
-
-
-@jax.custom_jvp
-def fence(x: jax.Array) -> jax.Array:
-    """x. Nothing is fused or merged across it.
-
-    The CPU compiler drops an optimization barrier: there a loop that never runs, as XLA does not
-    know that nothing is larger than infinity.
-    """
-    if x.size == 0 or not jnp.issubdtype(x.dtype, jnp.floating):
-        return x
-    if jax.default_backend() != "cpu":
-        return lax.optimization_barrier(x)
-    return lax.while_loop(lambda x: x[0] > jnp.inf, lambda x: -x, x)
-
-
-@fence.defjvp
-def _(primals, tangents):
-    return fence(*primals), *tangents
 
 
 def leaf_buckets(tree, bucket_bytes: int | None) -> list[list[int]]:

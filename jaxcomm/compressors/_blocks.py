@@ -26,6 +26,20 @@ def reduce_blocks(
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
 
 
+def sums(*terms: jax.Array) -> list[jax.Array]:
+    """The sums (n,) over the rows of several (n, b) float32 arrays, in one pass.
+
+    XLA fuses it with what computes the terms; for a plain sum it would write them down first.
+    """
+    n, b = terms[0].shape
+    if len(terms) > 1 and b % 16 == 0:
+        add = lambda a, b: tuple(x + y for x, y in zip(a, b))
+        split = [x.reshape(n, 16, b // 16) for x in terms]
+        zeros = [jnp.zeros_like(x, shape=()) for x in split]
+        terms = jax.lax.reduce(split, zeros, add, (1,))
+    return [x.sum(1) for x in terms]
+
+
 def expand(per_block: jax.Array, size: int, block_size: int | None) -> jax.Array:
     """Each coordinate's block entry, to multiply with: (size,), or (1,) where that is enough.
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcomm.compressors import packing
-from jaxcomm.compressors._blocks import block_rows, check_block_size, expand, widest
+from jaxcomm.compressors._blocks import block_rows, check_block_size, expand, sums, widest
 from jaxcomm.compressors.base import Compressor, Payload
 
 
@@ -41,7 +41,7 @@ class Ternary(Compressor):
         size = jnp.abs(rows)
         floor = self.threshold * size.mean(1, keepdims=True)
         sent = size > floor
-        total, count = jnp.where(sent, size, 0.0).sum(1), sent.sum(1, dtype=jnp.int32)
+        total, count = sums(jnp.where(sent, size, 0.0), sent.astype(jnp.float32))
         trits = (rows > floor).astype(jnp.uint8) + (rows >= -floor)
         return trits.reshape(-1), total / jnp.maximum(count, 1)
 

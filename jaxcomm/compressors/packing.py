@@ -10,6 +10,8 @@ plain bit stream. Together: exactly ceil(count * bits / 8) bytes.
 import jax
 import jax.numpy as jnp
 
+from jaxcomm.compressors._fence import fence
+
 _NATIVE = {8: jnp.uint8, 16: jnp.uint16, 32: jnp.uint32}
 
 
@@ -66,15 +68,15 @@ def pack_trits(values: jax.Array) -> jax.Array:
 
 
 def unpack_trits(data: jax.Array, count: int) -> jax.Array:
-    """The `count` values (uint32) that `pack_trits` packed into these bytes.
+    """The `count` values (uint8) that `pack_trits` packed into these bytes.
 
-    b // 3^i is b ceil(2^16 / 3^i) // 2^16, exactly, for bytes below 243: products vectorize, and
-    unlike five parts that are concatenated they cost no branches where XLA fuses the result.
+    b // 3^i is b ceil(2^16 / 3^i) // 2^16, exactly, for bytes below 243: products vectorize. The
+    digits are fenced off: fused with what uses them, each would be found by a division by n.
     """
     power = jnp.array([[65536], [21846], [7282], [2428], [810], [0]], jnp.uint32)
     data = data.astype(jnp.uint32)
     above = lambda i: (data * power[i : i + 5]) >> 16
-    return (above(0) - 3 * above(1)).reshape(-1)[:count]
+    return fence((above(0) - 3 * above(1)).astype(jnp.uint8)).reshape(-1)[:count]
 
 
 def _planes(bits: int) -> list[tuple[int, int]]:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from jax import lax
 
 Rule = Callable[[object, list], Sequence | None]  # (equation, values): its outputs; None: as it is
+REDUCERS = ("reduce", "reduce_window")  # their program combines two elements
 
 
 def evaluate(program, args: Sequence, rule: Rule) -> list:
@@ -40,7 +41,7 @@ def outputs(eqn, args: list, rule: Rule) -> Sequence:
         return _scan(eqn, args, rule)
     if name == "while":
         return _while(params, args, rule)
-    if (inner := _inlined(params)) is not None:
+    if name not in REDUCERS and (inner := _inlined(params)) is not None:
         return evaluate(inner, args, rule)
     return bind(eqn, args)
 

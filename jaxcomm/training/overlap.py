@@ -27,7 +27,7 @@ from jaxcomm.traffic.evaluate import bind, outputs
 from jaxcomm.training import _between_hosts
 from jaxcomm.training._pieces import in_one, take_apart
 from jaxcomm.training._program import Piece, Program
-from jaxcomm.training.step import TrainState, TrainStep
+from jaxcomm.training.step import TrainState, TrainStep, apart
 from jaxcomm.training.workers import Workers
 
 
@@ -37,7 +37,7 @@ class JoinedStep(TrainStep):
     _cut = staticmethod(in_one)
 
     def _compile(self, state: TrainState):
-        """The step as a function of `_apart(state)` and the batch, compiled for each shape."""
+        """As of a TrainStep, compiled for each shape."""
         runs: dict[tuple, tuple[Pieces, Any]] = {}
 
         def run(sync_state, rest: TrainState, batch):
@@ -48,7 +48,8 @@ class JoinedStep(TrainStep):
                 jaxpr, out = self._traced(*args)
                 runs[kind] = Pieces(jaxpr, self.workers, self._cut), jax.tree.structure(out)
             pieces, out = runs[kind]
-            return out.unflatten(pieces(leaves))
+            state, *others = out.unflatten(pieces(leaves))
+            return apart(state), *others
 
         return run
 

@@ -208,7 +208,9 @@ class TrainStep:
         state = self._own(state)
         if self._run is None:
             self._run = self._compile(state)
-        out, metrics, branches = self.workers.settle(self._run(*_apart(state), batch))
+        out, metrics, branches = self.workers.settle(self._run(*apart(state), batch))
+        sync_state, out = out
+        out = out._replace(sync_state=sync_state)
         if self._donate:
             free(state, out)
         state = out._replace(layout=state.layout)
@@ -296,14 +298,19 @@ class TrainStep:
         return _storage.unpack(np.asarray(_storage.pack(x)), spec)
 
     def _compile(self, state: TrainState):
-        """The compiled step as a function of `_apart(state)` and the batch."""
+        """The compiled step as a function of `apart(state)` and the batch, which gives the state
+        apart as well: JAX hands a donated array to the first result that is like it.
+        """
         self._locate(state)
-        (places, split), outputs = self._signature()
-        step = lambda sync_state, rest, batch: self._step(
-            rest._replace(sync_state=sync_state), batch
-        )
+        (places, split), (_, *others) = self._signature()
+
+        def step(sync_state, rest, batch):
+            state, *others = self._step(rest._replace(sync_state=sync_state), batch)
+            return apart(state), *others
+
         donate = (0, 1) if self._whole else (0,) if self._donate else ()
-        return self.workers.jit(step, (*_apart(places), split), outputs, donate=donate)
+        here = apart(places)
+        return self.workers.jit(step, (*here, split), (here, *others), donate=donate)
 
     @property
     def _whole(self) -> bool:
@@ -345,7 +352,7 @@ def _with_aux(out):
     return loss, jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), aux)
 
 
-def _apart(state: TrainState) -> tuple[Any, TrainState]:
+def apart(state: TrainState) -> tuple[Any, TrainState]:
     """The sync rule's state, and the others'."""
     return state.sync_state, state._replace(sync_state=())
 

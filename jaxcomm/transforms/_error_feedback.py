@@ -71,8 +71,8 @@ def error_feedback(
 
     def update_fn(updates, state, params=None, **extra):
         del params, extra
-        vector, unflatten = flatten(updates)
-        total = decay * flatten(state.error)[0] + vector
+        add = lambda e, u: decay * e + u.astype(jnp.float32)
+        total, unflatten = flatten(jax.tree.map(add, state.error, updates))[0], flatten(updates)[1]
         key = message_key(seed, state.count, axis_name, compressor)
         result = exchange_mean(
             total, compressor, axis_name, key, exchange, state.server_error, bucket_bytes
