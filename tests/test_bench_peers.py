@@ -196,6 +196,8 @@ def test_wall_time_is_that_of_the_mean_of_as_many_seeds(rows, second, said):
     figures, holds = told[text]
     assert said in figures
     assert not holds
+    near = "wall time to the dense loss and its standard error, 1.000, at least 10 x less, 100mbit"
+    assert f"{near} (means of 2 seeds)" in told
     diloco = loss_row("jaxcomm DiLoCo", [3.0, 1.5, 0.9], ["0", "1", "0", "2"])
     told = [text for text, *_ in checks(index([*rows[:-1], diloco]), 4)]
     assert "wall time to the dense loss 1.000 at least 10 x less, 100mbit" in told

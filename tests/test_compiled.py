@@ -5,9 +5,10 @@ import re
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 import pytest
-from common import AXIS, batch, loss_fn, tree
+from common import AXIS, batch, loss_fn, mesh, tree
 
 import jaxcomm
 from configs import digits_ef21, digits_sign_ef
@@ -15,6 +16,7 @@ from experiments.tasks import make_task
 from experiments.train import make_step
 from jaxcomm.traffic import traffic
 from jaxcomm.traffic.ledger import SHARE
+from jaxcomm.training.step import apart
 
 OPS = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
 TYPE = r"([a-z]+\d+(?:e\d+m\d+\w*)?|pred)\[([\d,]*)\]"
@@ -129,3 +131,19 @@ def test_local_steps_move_nothing():
     assert re.search(rf"conditional\(.*%?{re.escape(name)}\b", text)
     report = traffic(step, state, batch)
     assert (report.every_step_bytes, report.largest_step_bytes > 0) == (0, True)
+
+
+@pytest.mark.parametrize("exchange", ["gather", "two_phase"])
+def test_a_step_between_meetings_copies_no_memory(exchange):
+    """The conditional hands them through where they lie, on CPU as well."""
+    feedback = jaxcomm.error_feedback(jaxcomm.sign(), AXIS, exchange=exchange)
+    square = lambda params, batch, key: batch["x"].mean() * optax.tree.norm(params, squared=True)
+    step = jaxcomm.make_train_step(
+        square, optax.adam(0.1), axis_name=AXIS, sync=jaxcomm.periodic(feedback, 3), mesh=mesh(2)
+    )
+    state = step.init({"w": jnp.ones((48, 32)), "b": jnp.ones(7)}, jax.random.key(0))
+    run = step._compile(state)
+    text = run.lower(*apart(state), batch(0, 2)).compile().as_text()
+    entry = text[text.index("\nENTRY") :]
+    copies = re.findall(r"= (f32\[[\d,]*\])\S* copy\(", entry)
+    assert not [shape for shape in copies if "48,32" in shape or shape == "f32[1,7]"]

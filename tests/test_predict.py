@@ -334,6 +334,21 @@ def test_without_communication_equals_workers_that_hold_the_same():
     assert not any(word in text for word in ("all-reduce", "all-gather", "all-to-all", "permute("))
 
 
+def test_the_program_of_a_reduction_is_not_a_call():
+    """It combines two elements: run on the arrays it would add them up element by element."""
+
+    def fn(x):
+        add = lambda a, b: (a[0] + b[0], jnp.maximum(a[1], b[1]))
+        total, top = jax.lax.reduce((x, x), (0.0, -jnp.inf), add, (0,))
+        return jax.lax.psum(total, AXIS), top
+
+    x = jnp.arange(6.0).reshape(3, 2)
+    jaxpr = jax.make_jaxpr(fn, axis_env=[(AXIS, N)])(x)
+    total, top = jax.jit(without_communication(jaxpr, {AXIS: N}))(x)
+    np.testing.assert_array_equal(total, N * x.sum(0))
+    np.testing.assert_array_equal(top, x.max(0))
+
+
 def test_a_step_without_communication_is_a_worker_among_equals():
     tx = optax.chain(
         jaxcomm.error_feedback(jaxcomm.sign(), AXIS, exchange="two_phase"), optax.adam(0.1)
