@@ -88,9 +88,6 @@ def cond(pred: jax.Array, true_fn: Callable, false_fn: Callable, *operands):
 
         return body
 
-    # else XLA may move a reshape of an operand into one branch, and copy the operand for the other;
-    # one by one, as of several together JAX types all as varying where one varies
-    operands = jax.tree.map(jax.lax.optimization_barrier, operands)
     with jax.named_scope(SCOPE + name):
         out, taken = jax.lax.cond(pred, run(True, true_fn), run(False, false_fn), *operands)
     if choices is not None:
