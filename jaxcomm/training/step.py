@@ -209,8 +209,7 @@ class TrainStep:
         if self._run is None:
             self._run = self._compile(state)
         out, metrics, branches = self.workers.settle(self._run(*apart(state), batch))
-        sync_state, out = out
-        out = out._replace(sync_state=sync_state)
+        out = out[1]._replace(sync_state=out[0])
         if self._donate:
             free(state, out)
         state = out._replace(layout=state.layout)
