@@ -197,14 +197,14 @@ def _local_check(rows: Rows, hosts: int, rate: str, factor: float) -> list[tuple
         return text, figures + f"{dense / clocked[-1]:.1f} times less", False
 
     target = final_loss(rows, DENSE, hosts, count)
-    text = f"wall time to the dense loss {{}} at least {factor} x less, {rate}"
-    if count == 1:
-        return [compare(target, text.format(f"{target:.3f}"))]
-    text += f" (means of {count} seeds)"
-    ends = [run[-1][1] for run in rows["loss", "small", DENSE, hosts, RAW]["curves"][:count]]
-    near = target + statistics.stdev(ends) / count**0.5
-    found = [compare(target, text.format(f"{target:.3f}"))]
-    return [*found, compare(near, text.format(f"and its standard error, {near:.3f},"))]
+    targets, of = {f"{target:.3f}": target}, ""
+    if count > 1:
+        ends = [run[-1][1] for run in rows["loss", "small", DENSE, hosts, RAW]["curves"][:count]]
+        near = target + statistics.stdev(ends) / count**0.5
+        targets[f"and its standard error, {near:.3f},"] = near
+        of = f" (means of {count} seeds)"
+    text = "wall time to the dense loss {} at least {} x less, {}{}"
+    return [compare(t, text.format(name, factor, rate, of)) for name, t in targets.items()]
 
 
 def report(

@@ -32,8 +32,8 @@ def sums(*terms: jax.Array) -> list[jax.Array]:
     XLA fuses it with what computes the terms; for a plain sum it would write them down first.
     """
     n, b = terms[0].shape
-    if len(terms) > 1 and b % 16 == 0:
-        add = lambda a, b: tuple(x + y for x, y in zip(a, b))
+    if b % 16 == 0:
+        add = lambda xs, ys: tuple(x + y for x, y in zip(xs, ys))
         split = [x.reshape(n, 16, b // 16) for x in terms]
         zeros = [jnp.zeros_like(x, shape=()) for x in split]
         terms = jax.lax.reduce(split, zeros, add, (1,))

@@ -41,7 +41,7 @@ def outputs(eqn, args: list, rule: Rule) -> Sequence:
         return _scan(eqn, args, rule)
     if name == "while":
         return _while(params, args, rule)
-    if name not in REDUCERS and (inner := _inlined(params)) is not None:
+    if (inner := _inlined(eqn)) is not None:
         return evaluate(inner, args, rule)
     return bind(eqn, args)
 
@@ -52,10 +52,12 @@ def bind(eqn, args: list) -> list:
     return list(out) if eqn.primitive.multiple_results else [out]
 
 
-def _inlined(params):
+def _inlined(eqn):
     """The one sub-program of a call (jit, shard_map, remat, custom derivatives), if it is one."""
+    if eqn.primitive.name in REDUCERS:
+        return None
     for key in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
-        inner = params.get(key)
+        inner = eqn.params.get(key)
         if inner is not None and hasattr(getattr(inner, "jaxpr", inner), "eqns"):
             return inner
     return None

@@ -31,8 +31,9 @@ import optax
 
 from jaxcomm.collectives import AxisName, cond, dense_mean, exchange_mean, flatten
 from jaxcomm.collectives.exchange import check_exchange
-from jaxcomm.collectives.flatten import fence, leaf_buckets, zeros_like_float32
+from jaxcomm.collectives.flatten import leaf_buckets, zeros_like_float32
 from jaxcomm.compressors import Compressor
+from jaxcomm.compressors._fence import fence
 from jaxcomm.transforms.common import (
     Communication,
     check_compressor,
