@@ -3,7 +3,9 @@
 Two models of one kind (`experiments.tasks.transformer`, on bytes). The `large` one, of about 5M
 parameters, is for what a step exposes; the `small` one is also trained, for loss. Batches are tiny,
 since all hosts share this machine's cores: a step must not be all computation. Every method has
-the same initial parameters, batches, AdamW and learning rates.
+the same initial parameters, batches, AdamW and learning rates. A host's batch is a method's step,
+or several: who meets rarely may step on each part of it (Lin et al., "Don't Use Large Mini-Batches,
+Use Local SGD", 2018), which costs a synchronous method as many exchanges.
 """
 
 import dataclasses
@@ -19,6 +21,7 @@ RAW = ""  # the rate of a link without a bucket
 RATES = (RAW, "1gbit", "100mbit", "10mbit")
 HOSTS = (2, 4)
 DENSE = "DDP float32"  # what others are compared with
+WINDOWS = 2  # of a host's batch
 PERIOD = 32  # local steps of a round, of every method with rounds of one length
 SEEDS = 3  # of the comparison whose outcome a single one would leave to chance
 AXIS = "workers"
@@ -47,6 +50,7 @@ class Method:
       rate: times the learning rate of the others.
       background: of jaxcomm: collectives travel beside the computation.
       seeds: trainings, each of another initialization and order of batches.
+      parts: of a host's batch, a step on each.
     """
 
     name: str
@@ -59,6 +63,7 @@ class Method:
     rate: float = 1.0
     background: bool = False
     seeds: int = 1
+    parts: int = 1
 
 
 def _compressed(name: str, transform: str, key: bool = True, background=False) -> Method:
@@ -75,7 +80,7 @@ _TWO_PHASE = ", exchange='two_phase'"
 _TWO_BITS = "compose(block_top_k(0.005), quantize(4))"
 _BITS = f"factors=quantize({{}}){_TWO_PHASE}"
 _QSR = "qsr(learning_rate, alpha=0.012, h_base=8, warmup_steps=warmup_steps)"
-_SHORT = f"periodic({_EF.format('ternary(1024)', _TWO_PHASE)}, 3, total_steps=steps)"
+_SHORT = f"periodic({_EF.format('ternary(1024)', _TWO_PHASE)}, 6, total_steps=steps)"
 
 METHODS = (  # in turn: neither library has the quieter half of the day
     Method(DENSE, "torch", hook="float32", seeds=SEEDS),
@@ -94,7 +99,7 @@ METHODS = (  # in turn: neither library has the quieter half of the day
     Method("DDP post-local SGD", "torch", hook="post_local", rounds=PERIOD + 1),
     _local("jaxcomm QSR", f"local_sgd(axis_name, {_QSR}, total_steps=steps)", 40),
     _local("jaxcomm DiLoCo", f"diloco(axis_name, {PERIOD}, total_steps=steps)", PERIOD + 1),
-    _local("jaxcomm local, ternary, every 3", _SHORT, 9, rate=1.5, seeds=SEEDS),
+    _local("jaxcomm local, ternary, half batches", _SHORT, 12, seeds=SEEDS, parts=2),
     _local(
         "jaxcomm streaming fp4",
         f"streaming_diloco(axis_name, {PERIOD}, 4, total_steps=steps)",
@@ -122,11 +127,11 @@ def config(size: str, hosts: int, steps: int, seed: int = 0) -> Config:
     """The config of a training, with the fields that `experiments.train` reads."""
     result: Config = ml_collections.ConfigDict()
     task: Config = task_config("lm")
-    task.update({"seq_len": 64, "validation_windows": 64, "max_bytes": 4_000_000})
+    task.update({"seq_len": 32, "validation_windows": 256, "max_bytes": 4_000_000})
     task.model.update(_SIZES[size])
     result.task = task
     result.seed, result.workers, result.steps = seed, hosts, steps
-    result.batch_size = hosts  # one window of 64 bytes a worker
+    result.batch_size = WINDOWS * hosts
     warmup = max(1, steps // 10)
     result.learning_rate = ml_collections.ConfigDict(
         {"peak": 2e-3, "init": 0.0, "end": 0.0, "warmup_steps": warmup, "decay": "cosine"}

@@ -45,8 +45,8 @@ def make_step(method: Method, config: Config, task: Task, **where) -> TrainStep:
     rate = learning_rate(config)
     scope = {
         "axis_name": AXIS,
-        "learning_rate": lambda step: method.rate * rate(step),
-        "steps": config.steps,
+        "learning_rate": lambda step: method.rate * rate(step // method.parts),
+        "steps": config.steps * method.parts,
         "warmup_steps": config.learning_rate.warmup_steps,
     }
     tx = evaluate(method.tx, "tx", **scope)
@@ -77,7 +77,7 @@ class Jaxcomm:
             self._start_alone(put_batch(self._step, {"tokens": tokens}))
         assert self._alone is not None
         old, out = self._mine, self._alone(*self._mine, _put(tokens))
-        free(old, out)  # as the step does
+        free(old, out)
         self._mine = jax.block_until_ready(out)[: len(old)]
 
     def _start_alone(self, batch) -> None:
@@ -89,7 +89,8 @@ class Jaxcomm:
         workers = self._step.workers
         traced = self._step.trace(self._state, batch)
         run = without_communication(traced, dict(zip(workers.names, workers.sizes)))
-        self._alone = jax.jit(run)  # a step on CPU does not reuse its state's buffers either
+        donate = range(len(self._mine)) if self._step.donates_all else ()  # as the step does
+        self._alone = jax.jit(run, donate_argnums=tuple(donate))
 
     def params(self) -> Arrays:
         """The mean of all hosts' parameters; all of them call it."""

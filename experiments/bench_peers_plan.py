@@ -44,14 +44,14 @@ def predictions(rows: Rows, steps: int) -> dict[tuple, tuple[float, float]]:
         branches = {tuple(map(int, k)): c / len(kinds) for k, c in shares.items()}
         where = rows, method, size, hosts, rate
         raw = rows, method, size, hosts, RAW
-        known = (kind, size, method, hosts, RAW) in rows
+        known, parts = (kind, size, method, hosts, RAW) in rows, BY_NAME[method].parts
         predicted = jaxcomm.predict(
             traffic(method, size, hosts, steps),
             throttled_link(rate),
             compute_seconds=row["local"],
-            codec_seconds=max(alone_seconds(*where) - row["local"], 0.0),
-            host_seconds=max(exposed(*raw), 0.0) if known else 0.0,
+            codec_seconds=max(alone_seconds(*where) / parts - row["local"], 0.0),
+            host_seconds=max(exposed(*raw), 0.0) / parts if known else 0.0,
             branches=branches,
         )
-        found[size, method, hosts, rate] = predicted.step_seconds, step_seconds(*where)
+        found[size, method, hosts, rate] = parts * predicted.step_seconds, step_seconds(*where)
     return found

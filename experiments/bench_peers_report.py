@@ -32,7 +32,7 @@ def seconds_by_kind(row: dict, of: str = "steps") -> dict[str, float]:
 
 
 def clock(rows: Rows, method: str, hosts: int, rate: str, of: str = "steps") -> np.ndarray | None:
-    """Seconds at the end of every step of the training on a link, or None if not measured.
+    """Seconds at the end of every batch of the training on a link, or None if not measured.
 
     A kind of step that was not timed costs what a dense step of DDP costs (DDP's own warm-up), or
     else what the method's dearest one does.
@@ -46,11 +46,12 @@ def clock(rows: Rows, method: str, hosts: int, rate: str, of: str = "steps") -> 
     if dense is not None:
         known.setdefault("dense", dense["step" if of == "steps" else "alone"])
     dearest = max(known[kind] for kind in timed["kinds"])
-    return np.cumsum([known.get(kind, dearest) for kind in run["kinds"]])
+    parts = BY_NAME[method].parts
+    return np.cumsum([known.get(kind, dearest) for kind in run["kinds"]])[parts - 1 :: parts]
 
 
 def step_seconds(rows: Rows, method: str, size: str, hosts: int, rate: str) -> float:
-    """Seconds of a step: the median, or of a local method the mean over its training."""
+    """Seconds of a batch: the median, or of a local method the mean over its training."""
     if SYNC(method):
         return rows["time", size, method, hosts, rate]["step"]
     return _mean(clock(rows, method, hosts, rate))
@@ -77,7 +78,7 @@ def exposed(rows: Rows, method: str, size: str, hosts: int, rate: str) -> float:
 def overhead(rows: Rows, method: str, size: str, hosts: int, rate: str) -> float:
     """Seconds a step that the exchange takes, its codec included."""
     row = rows["time", size, method, hosts, rate]
-    return step_seconds(rows, method, size, hosts, rate) - row["local"]
+    return step_seconds(rows, method, size, hosts, rate) - BY_NAME[method].parts * row["local"]
 
 
 def seeds(rows: Rows, method: str, hosts: int) -> int:
@@ -292,7 +293,7 @@ def _times_table(rows: Rows, names: list[str], size: str, hosts: int) -> list[st
         if not there or (not SYNC(name) and clock(rows, name, hosts, there[0]) is None):
             continue
         timed = rows["time", size, name, hosts, there[0]]
-        cells = [name, f"{timed['bytes']:,.0f}"]
+        cells = [name, f"{BY_NAME[name].parts * timed['bytes']:,.0f}"]
         for rate in rates:
             figures = (step_seconds, exposed, overhead)
             shown = [f"{f(rows, name, size, hosts, rate):.3f}" for f in figures]

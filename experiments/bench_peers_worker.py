@@ -72,11 +72,11 @@ class Bench:
             self._tasks[size, seed] = cfg, task, params, rates
         return self._tasks[size, seed]
 
-    def batches(self, size: str, seed: int = 0) -> Iterator[np.ndarray]:
-        """This host's part of every global batch."""
+    def batches(self, method: Method, size: str, seed: int = 0) -> Iterator[np.ndarray]:
+        """What this host takes of every global batch, a step of the method at a time."""
         cfg, task, _, _ = self.task(size, seed)
-        data = task.train_iterator(cfg.batch_size, cfg.seed, self.rank, self.hosts)
-        return (batch["tokens"] for batch in data)
+        for batch in task.train_iterator(cfg.batch_size, cfg.seed, self.rank, self.hosts):
+            yield from np.split(batch["tokens"], method.parts)
 
     def peer(self, method: Method, size: str, start: int = 1, seed: int = 0):
         """The method, at its initial parameters; after `start` steps workers may go apart."""
@@ -117,13 +117,14 @@ class Bench:
     def _train(self, case: Case, seed: int) -> dict:
         method, start = BY_NAME[case.method], max(1, self.plan.steps // 10)
         peer = self.peer(method, case.size, start, seed)
-        batches = self.batches(case.size, seed)
+        batches = self.batches(method, case.size, seed)
         every = max(1, self.plan.steps // EVALUATIONS)
         kinds, curve, spent = [], [(0, self._evaluate(case.size, peer.params()))], 0.0
         for done in range(1, self.plan.steps + 1):
-            tokens, before = next(batches), time.perf_counter()
-            kinds.append(peer.step(tokens))
-            spent += time.perf_counter() - before
+            for tokens in itertools.islice(batches, method.parts):
+                before = time.perf_counter()
+                kinds.append(peer.step(tokens))
+                spent += time.perf_counter() - before
             if done % every == 0 or done == self.plan.steps:
                 curve.append((done, self._evaluate(case.size, peer.params())))
         return {"kinds": kinds, "curve": curve, "seconds": spent}
@@ -139,7 +140,7 @@ class Bench:
     def times(self, cases: list[Case]) -> Iterator[dict]:
         """One method on one link after the other; compiled and warmed up once, on the fastest."""
         method, size = BY_NAME[cases[0].method], cases[0].size
-        peer, batches = self.peer(method, size), self.batches(size)
+        peer, batches = self.peer(method, size), self.batches(method, size)
         local = self.local(method, size, peer)
         together = method.library == "torch" and method.rounds  # no hook: steps are local's
         alone = local if together else peer.alone

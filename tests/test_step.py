@@ -371,6 +371,20 @@ def test_on_cpu_a_state_is_freed_and_a_lowered_step_leaves_it():
     assert same(host(new), host(again))
 
 
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="elsewhere all of it is reused")
+def test_on_cpu_local_optimizers_step_in_place_and_those_that_communicate_do_not():
+    """A worker that skips its step must not miss a collective."""
+    rule, nan = jaxcomm.local_sgd(AXIS, 2), jax.tree.map(np.array, batch(0))
+    nan["x"][0] = np.nan  # of the first worker
+    for first, in_place in ((optax.identity(), True), (jaxcomm.average(AXIS), False)):
+        tx = optax.chain(first, optax.adam(0.1))
+        step = jaxcomm.make_train_step(loss_fn, tx, axis_name=AXIS, sync=rule, mesh=mesh(2))
+        state, _ = step(step.init(tree(), KEY), nan)
+        assert step.donates_all == in_place
+        assert np.asarray(state.skipped).tolist() == [1, 0]
+        assert not any(np.any(x[0]) for x in jax.tree.leaves(state.opt_state))
+
+
 def test_without_donation_a_state_can_be_used_again():
     step = jaxcomm.make_train_step(loss_fn, TX, axis_name=AXIS, donate=False, simulate=4)
     state = step.init(tree(), KEY)

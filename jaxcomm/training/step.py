@@ -60,6 +60,7 @@ class TrainStep:
         self.choice_names: tuple[str, ...] = ()  # of `metrics['branches']`, once traced
         self._loss_fn, self._tx = loss_fn, optax.with_extra_args_support(tx)
         self._sync, self._donate = sync, donate
+        self._in_place: bool | None = None  # see _steps_in_place; None before it is known
         self._run: Callable | None = None
         self._mean: Callable | None = None
 
@@ -98,16 +99,7 @@ class TrainStep:
             finite, metrics = self._agree(finite, metrics)
         elif sync.adjust is not None:
             grads, sync_state = sync.adjust(grads, state.params, sync_state, state.step, obj_fn)
-        updates, opt_state = self._tx.update(
-            grads, state.opt_state, state.params, value=metrics["loss"]
-        )
-        params = optax.apply_updates(state.params, updates)
-        check_same(state, state._replace(params=params, opt_state=opt_state))
-        params, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old),
-            (params, opt_state),
-            (state.params, state.opt_state),
-        )
+        params, opt_state = self._update(finite, state, grads, metrics["loss"])
         step = state.step + 1
         if sync is not None:
             if sync.moments is not None:
@@ -117,6 +109,26 @@ class TrainStep:
         skipped = state.skipped + jnp.where(finite, 0, 1)
         new = TrainState(step, params, opt_state, sync_state, state.key, skipped, self.layout)
         return new, metrics
+
+    def _update(self, finite, state: TrainState, grads, loss):
+        """Parameters and optimizer state after its step, or as they were."""
+
+        def advance(params, opt_state, grads, loss):
+            updates, opt_state = self._tx.update(grads, opt_state, params, value=loss)
+            return optax.apply_updates(params, updates), opt_state
+
+        def choose(*args):
+            params, opt_state = advance(*args)
+            check_same(state, state._replace(params=params, opt_state=opt_state))
+            keep = lambda new, old: jnp.where(finite, new, old)
+            return jax.tree.map(keep, (params, opt_state), args[:2])
+
+        args = state.params, state.opt_state, grads, loss
+        if not self._in_place:
+            return choose(*args)
+        types = jax.eval_shape(choose, *args)
+        typed = lambda fn: lambda *args: axis.match_varying(fn(*args), types)
+        return jax.lax.cond(finite, typed(advance), typed(lambda *args: args[:2]), *args)
 
     def _agree(self, finite, metrics):
         """One small sum: are everyone's gradients finite, and the means of the metrics."""
@@ -210,7 +222,7 @@ class TrainStep:
             self._run = self._compile(state)
         out, metrics, branches = self.workers.settle(self._run(*apart(state), batch))
         out = out[1]._replace(sync_state=out[0])
-        if self._donate:
+        if self._donate and not self.donates_all:
             free(state, out)
         state = out._replace(layout=state.layout)
         if self._sync is not None:
@@ -222,7 +234,7 @@ class TrainStep:
         """The lowered program of (state, batch), see `jax.jit(f).lower`; not under pmap."""
         state = self._own(state)
         self._locate(state)
-        donate = (0,) if self._whole else ()
+        donate = (0,) if self.donates_all else ()
         return self.workers.jit(self._step, *self._signature(), donate=donate).lower(state, batch)
 
     def trace(self, state: TrainState, batch):
@@ -307,19 +319,38 @@ class TrainStep:
             state, *others = self._step(rest._replace(sync_state=sync_state), batch)
             return apart(state), *others
 
-        donate = (0, 1) if self._whole else (0,) if self._donate else ()
+        donate = (0, 1) if self.donates_all else (0,) if self._donate else ()
         here = apart(places)
         return self.workers.jit(step, (*here, split), (here, *others), donate=donate)
 
     @property
-    def _whole(self) -> bool:
-        """Whether all of the state is written over where it lies.
+    def donates_all(self) -> bool:
+        """Whether all of the state is written over where it lies, or the sync rule's only.
 
-        On CPU only the sync rule's is. For the others XLA computes a new moment and, from the old
-        one again, the update that the moment gives, so that it would copy what
-        `where(finite, new, old)` is to replace.
+        XLA on CPU computes a new moment and, from the old one again, the update that the moment
+        gives, so that it would copy what `where(finite, new, old)` is to replace.
         """
-        return self._donate and self.workers.platform != "cpu"
+        return self._donate and (self.workers.platform != "cpu" or bool(self._in_place))
+
+    def _steps_in_place(self, state: TrainState) -> bool:
+        """Whether the optimizer's step is a branch of a conditional, which copies nothing on CPU.
+
+        So it is on CPU devices if the optimizer does not communicate: elsewhere a conditional
+        waits for its predicate, and under vmap both branches run.
+        """
+        workers = self.workers
+        if self._sync is None or workers.mode == "simulate" or workers.platform != "cpu":
+            return False
+
+        def update(state):
+            zeros = jax.tree.map(jnp.zeros_like, (state.params, jnp.float32(0)))
+            grads, loss = axis.varying(zeros, workers.axis_name)
+            self._tx.update(grads, state.opt_state, state.params, value=loss)
+            return ()
+
+        fn = workers.trace_map(update, (self.places,), ())
+        sizes = dict(zip(workers.names, workers.sizes))
+        return not count(fn, jax.tree.map(_abstract, state), axis_sizes=sizes)
 
     def _signature(self):
         metrics = Place.REPLICATED if self._sync is None else Place.PER_WORKER
@@ -329,6 +360,8 @@ class TrainStep:
         """Finds the places for a state that this object did not make."""
         if self.places is None and not self._fits(state):
             raise ValueError("the state does not belong to this step: its tree or shapes differ")
+        if self._in_place is None:
+            self._in_place = self._steps_in_place(state)
 
     def _fits(self, state: TrainState) -> bool:
         """Whether the state has the tree and the shapes of this step's states."""
