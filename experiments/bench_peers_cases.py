@@ -21,12 +21,12 @@ RAW = ""  # the rate of a link without a bucket
 RATES = (RAW, "1gbit", "100mbit", "10mbit")
 HOSTS = (2, 4)
 DENSE = "DDP float32"  # what others are compared with
-WINDOWS = 2  # of a host's batch
 PERIOD = 32  # local steps of a round, of every method with rounds of one length
 SEEDS = 3  # of the comparison whose outcome a single one would leave to chance
 AXIS = "workers"
 ADAMW = {"b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": 1e-4}
 
+WINDOWS = {"large": 1, "small": 2, "tiny": 2}  # of a host's batch, of 64 bytes together
 _SIZES: dict[str, dict[str, Any]] = {
     "large": {"num_layers": 6, "width": 256, "num_heads": 4},
     "small": {"num_layers": 4, "width": 192, "num_heads": 4},
@@ -80,7 +80,7 @@ _TWO_PHASE = ", exchange='two_phase'"
 _TWO_BITS = "compose(block_top_k(0.005), quantize(4))"
 _BITS = f"factors=quantize({{}}){_TWO_PHASE}"
 _QSR = "qsr(learning_rate, alpha=0.012, h_base=8, warmup_steps=warmup_steps)"
-_SHORT = f"periodic({_EF.format('ternary(1024)', _TWO_PHASE)}, 6, total_steps=steps)"
+_SHORT = f"periodic({_EF.format('ternary(1024)', _TWO_PHASE)}, 7, total_steps=steps)"
 
 METHODS = (  # in turn: neither library has the quieter half of the day
     Method(DENSE, "torch", hook="float32", seeds=SEEDS),
@@ -99,7 +99,7 @@ METHODS = (  # in turn: neither library has the quieter half of the day
     Method("DDP post-local SGD", "torch", hook="post_local", rounds=PERIOD + 1),
     _local("jaxcomm QSR", f"local_sgd(axis_name, {_QSR}, total_steps=steps)", 40),
     _local("jaxcomm DiLoCo", f"diloco(axis_name, {PERIOD}, total_steps=steps)", PERIOD + 1),
-    _local("jaxcomm local, ternary, half batches", _SHORT, 12, seeds=SEEDS, parts=2),
+    _local("jaxcomm local, ternary, half batches", _SHORT, 14, seeds=SEEDS, parts=2),
     _local(
         "jaxcomm streaming fp4",
         f"streaming_diloco(axis_name, {PERIOD}, 4, total_steps=steps)",
@@ -127,11 +127,12 @@ def config(size: str, hosts: int, steps: int, seed: int = 0) -> Config:
     """The config of a training, with the fields that `experiments.train` reads."""
     result: Config = ml_collections.ConfigDict()
     task: Config = task_config("lm")
-    task.update({"seq_len": 32, "validation_windows": 256, "max_bytes": 4_000_000})
+    windows = WINDOWS[size]
+    task.update({"seq_len": 64 // windows, "validation_windows": 256, "max_bytes": 4_000_000})
     task.model.update(_SIZES[size])
     result.task = task
     result.seed, result.workers, result.steps = seed, hosts, steps
-    result.batch_size = WINDOWS * hosts
+    result.batch_size = windows * hosts
     warmup = max(1, steps // 10)
     result.learning_rate = ml_collections.ConfigDict(
         {"peak": 2e-3, "init": 0.0, "end": 0.0, "warmup_steps": warmup, "decay": "cosine"}

@@ -40,7 +40,7 @@ WARM = 10  # steps before: DDP rebuilds its buckets after the first, its PowerSG
 # third, and memory that is kept grows for as long
 PACED = ("10mbit",)  # the queue of 50 ms overflows where several connections burst at once, so not
 # with two hosts; at 100 Mbit/s the bucket's bursts are worth more
-EVALUATIONS = 20
+EVALUATIONS = 40
 
 
 @dataclasses.dataclass(frozen=True)
