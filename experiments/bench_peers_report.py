@@ -253,7 +253,10 @@ kind (local, meeting, ...) costs on the link. The wall time to the dense loss is
 of several seeds, where dense and local methods have them; all else is the first seed's. `plan` is
 told the computation and the codec of the same run, what the method's communication takes on raw
 loopback, and the bucket.
-Validation loss in nats a byte. Of dense methods on the slowest link only few steps are timed.
+A host's batch is 64 bytes: one window of the large model, two of the small one. `half batches`
+takes a local step on each window, so that it steps twice as often on the same data as who must
+exchange in every step; its figures are of a batch, as all others. Validation loss in nats a byte.
+Of dense methods on the slowest link only few steps are timed.
 """
 
 
