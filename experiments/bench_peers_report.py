@@ -377,6 +377,8 @@ def draw(rows: Iterable[dict], path: Path) -> None:
     rates = rates or [RAW]
     size = (5 * (len(rates) + 1) + 2, 5)
     figure, axes = plt.subplots(1, len(rates) + 1, figsize=size, layout="constrained")
+    for axis in axes[1:]:
+        axis.set_prop_cycle(color=plt.get_cmap("tab20")(range(20)))  # a line for each method
     _bars(axes[0], found, hosts, rates)
     for axis, rate in zip(axes[1:], rates):
         _curves(axis, found, hosts, rate)
