@@ -25,6 +25,7 @@ from experiments.bench_peers_report import checks, clock, curve, index, report, 
 from experiments.tasks import make_task
 
 JAX_DENSE = "jaxcomm dense"
+HALVES = "jaxcomm local, ternary, half batches"
 
 
 @pytest.fixture(scope="module")
@@ -174,6 +175,15 @@ def test_seconds_of_a_training_add_up_over_kinds_of_steps(rows):
     assert seconds_to(found, "DDP PowerSGD r1", 4, "10mbit", 1.0) is None
 
 
+def test_a_batch_in_parts_takes_as_many_steps():
+    """Two steps of 0.1 s a batch, the fourth with a meeting; figures are of a batch."""
+    times = time_row(HALVES, "10mbit", ["0", "1"], [0.1, 0.5], 0.08, 0.05)
+    found = index([times, loss_row(HALVES, [3.0, 1.5, 0.9], ["0", "0", "0", "1"])])
+    np.testing.assert_allclose(clock(found, HALVES, 4, "10mbit"), [0.2, 0.8])
+    line = next(x for x in report(found.values(), [HALVES]).splitlines() if HALVES in x)
+    assert "| 200 | 0.400 | 0.240 | 0.300 |" in line  # bytes, a step, exposed, overhead
+
+
 def test_checks_say_what_holds(rows):
     told = {text: (figures, holds) for text, figures, holds in checks(index(rows), 4)}
     dense = next(v for k, v in told.items() if k.startswith("dense no more"))
@@ -277,7 +287,7 @@ def test_a_machine_without_throttled_hosts_measures_loopback(monkeypatch, capsys
 
 @pytest.mark.slow
 def test_two_processes_train_and_time_the_jax_side(tmp_path):
-    names = (JAX_DENSE, "plain JAX dense", "jaxcomm DiLoCo")
+    names = (JAX_DENSE, "plain JAX dense", "jaxcomm DiLoCo", HALVES)
     todo = [Case(kind, "tiny", name, 2, RAW) for name in names for kind in ("loss", "time")]
     setting = bench_peers.Setting(40, 0.1, throttled=False, timeout=300)
     found = {(r["kind"], r["method"]): r for r in bench_peers.run(todo, tmp_path, setting)}
@@ -286,6 +296,10 @@ def test_two_processes_train_and_time_the_jax_side(tmp_path):
     assert ends[0] < found["loss", JAX_DENSE]["curve"][0][1] - 0.5
     assert set(found["loss", "jaxcomm DiLoCo"]["kinds"]) == {"0", "1"}
     assert found["loss", "jaxcomm DiLoCo"]["kinds"].count("1") == 2  # step 32, and the last
+    halves = found["loss", HALVES]
+    assert len(halves["kinds"]) == 80
+    assert [step for step, _ in halves["curve"]] == list(range(41))
+    assert halves["curve"][-1][1] < ends[0]  # twice the steps on the same data
     for name in names:
         row = found["time", name]
         assert min(row["step"], row["alone"], row["local"]) > 0
