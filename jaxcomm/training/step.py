@@ -167,9 +167,7 @@ class TrainStep:
         ]
         if not apart:
             return
-        fn = self.workers.trace_map(one_step, (places,), places)
-        sizes = dict(zip(self.workers.names, self.workers.sizes))
-        collectives = count(fn, state, axis_sizes=sizes)
+        collectives = self._collectives(one_step, places, places, state)
         if any(name.startswith(UNMETERED) for c in collectives for name, _ in c.when):
             raise ValueError(OWN_CONDITIONAL)
         if all(c.part == METRICS for c in collectives):
@@ -348,9 +346,13 @@ class TrainStep:
             self._tx.update(grads, state.opt_state, state.params, value=loss)
             return ()
 
-        fn = workers.trace_map(update, (self.places,), ())
-        sizes = dict(zip(workers.names, workers.sizes))
-        return not count(fn, jax.tree.map(_abstract, state), axis_sizes=sizes)
+        return not self._collectives(update, self.places, (), jax.tree.map(_abstract, state))
+
+    def _collectives(self, fn: Callable, places, out_places, state):
+        """The collectives of one worker's function of its state."""
+        fn = self.workers.trace_map(fn, (places,), out_places)
+        sizes = dict(zip(self.workers.names, self.workers.sizes))
+        return count(fn, state, axis_sizes=sizes)
 
     def _signature(self):
         metrics = Place.REPLICATED if self._sync is None else Place.PER_WORKER
