@@ -52,6 +52,7 @@ def predictions(rows: Rows, steps: int) -> dict[tuple, tuple[float, float]]:
             codec_seconds=max(alone_seconds(*where) / parts - row["local"], 0.0),
             host_seconds=max(exposed(*raw), 0.0) / parts if known else 0.0,
             branches=branches,
+            background=BY_NAME[method].background,
         )
         found[size, method, hosts, rate] = parts * predicted.step_seconds, step_seconds(*where)
     return found

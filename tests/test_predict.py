@@ -108,6 +108,20 @@ def test_hosts_work_while_bytes_travel():
         seconds(slow, -1.0)
 
 
+@pytest.mark.parametrize("host", [0.0, 0.05])
+def test_in_the_background_codec_and_messages_go_on_together(host):
+    step = report(collective("all-reduce", 10**6))
+    other = {"compute_seconds": 0.1, "host_seconds": host}
+    seconds = lambda codec, background: (
+        predict(step, ONE_GBIT, codec_seconds=codec, background=background, **other).step_seconds
+    )
+    travels = predict(step, ONE_GBIT, **other).communication_seconds
+    assert travels > 0.04
+    for codec in (0.0, 0.02, 0.2):
+        assert seconds(codec, False) == pytest.approx(0.1 + codec + travels)
+        assert seconds(codec, True) == pytest.approx(0.1 + max(codec, travels))
+
+
 def test_a_burst_passes_at_once_once_a_step():
     burst = Link.parse("10mbit", burst=30_000)
     sums = report(collective("all-reduce", 10**5), collective("all-reduce", 10**5))

@@ -75,6 +75,18 @@ def test_two_workers_swap_in_pieces(size, pieces, monkeypatch):
     assert [c.sent_bytes for c in swaps] == pytest.approx([4 * size / pieces] * pieces, abs=4)
 
 
+@pytest.mark.parametrize(("n", "size", "swaps"), [(2, 9000, 2), (2, 8000, 0), (3, 9000, 0)])
+def test_large_gathers_of_two_are_swaps(n, size, swaps):
+    """At most 32 kB go directly, and a ring of three has no mutual exchange."""
+    x = np.arange(n * size, dtype=np.float32).reshape(n, size)
+    gather = between_hosts(lambda x: primitives.all_gather(x, "w"))
+    run = jax.shard_map(
+        lambda x: gather(x[0]), mesh=common.mesh(n, ("w",)), in_specs=P("w"), out_specs=P()
+    )
+    np.testing.assert_array_equal(jax.jit(run)(x), x)
+    assert str(jax.make_jaxpr(run)(x)).count("ppermute[") == swaps
+
+
 @pytest.mark.parametrize("n", [2, 3, 4, 6])
 def test_bytes_of_an_all_to_all(n):
     x = jnp.ones((n, 400))

@@ -7,6 +7,8 @@ a few elements is one gather, and a local sum). For large messages a ring is bet
 hosts Gloo sends and receives in turn. A sum's terms are added in the order of the workers.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -25,10 +27,12 @@ def worth_it(op: str, size_bytes: int, workers: int) -> bool:
     return workers <= MOST and size_bytes <= share * LARGEST
 
 
-def direct_gather(x: jax.Array, axis_name: AxisName) -> jax.Array:
-    """Everyone's x, replicated: (...) -> (n, ...)."""
+def direct_gather(
+    x: jax.Array, axis_name: AxisName, all_to_all: Callable = primitives.all_to_all
+) -> jax.Array:
+    """Everyone's x, replicated: (...) -> (n, ...), by an all-to-all."""
     copies = jnp.broadcast_to(x, (axis.size(axis_name), *x.shape))
-    return axis.equal(primitives.all_to_all(copies, axis_name), axis_name)
+    return axis.equal(all_to_all(copies, axis_name), axis_name)
 
 
 def direct_sum(x: jax.Array, axis_name: AxisName) -> jax.Array:

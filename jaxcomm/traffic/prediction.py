@@ -8,14 +8,16 @@ second, latency L and no other traffic,
 
 and the collectives of a step one after another, those of meetings in their share of the steps
 (between CPU hosts small ones take fewer hops, see `jaxcomm.collectives.direct`, or none of their
-own); nothing is assumed to hide behind computation:
+own); nothing is assumed to hide behind the gradient's computation:
 
     step = compute + codec + latencies + max(transfers, hosts)
 
 where transfers are less by what a link passes at once after the silence between two steps
 (`Link.burst`), and `hosts` is what the communication takes on a link of any bandwidth: the
 processors' work on messages and the waiting for the slowest worker, which go on while bytes are on
-the wire.
+the wire. With messages in the background the codec, too, works on one while another travels:
+
+    step = compute + max(codec, latencies + max(transfers, hosts))
 """
 
 import dataclasses
@@ -63,6 +65,7 @@ class Prediction:
     compute_seconds: float
     codec_seconds: float
     host_seconds: float = 0.0
+    background: bool = False
 
     @property
     def every_step_seconds(self) -> float:
@@ -96,7 +99,8 @@ class Prediction:
     @property
     def step_seconds(self) -> float:
         """A step, all in all."""
-        return self.compute_seconds + self.codec_seconds + self.communication_seconds
+        together = max if self.background else sum
+        return self.compute_seconds + together((self.codec_seconds, self.communication_seconds))
 
     @property
     def bytes_per_step(self) -> float:
@@ -120,6 +124,7 @@ def predict(
     host_seconds: float = 0.0,
     rounds_per_step: float = 1.0,
     branches: Mapping[Branches, float] | None = None,
+    background: bool = False,
 ) -> Prediction:
     """Predicts the average step of a method on a link.
 
@@ -134,6 +139,8 @@ def predict(
         others being the cheapest one.
       branches: instead of it, share of the steps by the branches they take
         (`metrics['branches']` of a run), for methods with several conditionals.
+      background: messages travel beside the codec, as with make_train_step's background=True and
+        a transform in buckets.
 
     Returns:
       A Prediction.
@@ -158,7 +165,7 @@ def predict(
             raise ValueError(f"predict: {name} must not be negative, got {value}")
     shares = _shares(traffic, link, rounds_per_step, branches)
     timed = (_timed(c, link, share) for c, share in zip(traffic.collectives, shares))
-    return Prediction(tuple(timed), **seconds)
+    return Prediction(tuple(timed), **seconds, background=background)
 
 
 def _timed(c: Collective, link: Links, share: float = 1.0) -> Timed:

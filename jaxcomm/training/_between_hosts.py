@@ -1,7 +1,8 @@
 """The collectives of a program between CPU hosts, in ways that suit Gloo better.
 
 Small sums and gathers go straight to everybody (`jaxcomm.collectives.direct`), large all-to-alls
-in rounds (`jaxcomm.collectives.rounds`): the same values for the same bytes.
+in rounds (`jaxcomm.collectives.rounds`), and so do large gathers of two hosts, where Gloo's ring is
+a mutual exchange: the same values for the same bytes.
 """
 
 from collections.abc import Callable
@@ -40,8 +41,9 @@ def rule(eqn, args: list) -> list | None:
     if params.get("tiled", True) or params.get("axis_index_groups"):
         return None
     if name == "all_gather_invariant" and params["all_gather_dimension"] == 0:
-        small = direct.worth_it("all-gather", x.nbytes, n)
-        return [direct.direct_gather(x, axes)] if small else None
+        if direct.worth_it("all-gather", x.nbytes, n):
+            return [direct.direct_gather(x, axes)]
+        return [direct.direct_gather(x, axes, rounds.all_to_all)] if n == 2 else None
     if name == "all_to_all" and params["split_axis"] == params["concat_axis"] == 0:
         return [rounds.all_to_all(x, axes)] if rounds.worth_it(x.nbytes, n) else None
     return None
