@@ -60,7 +60,7 @@ def test_more_workers(n):
     np.testing.assert_array_equal(jax.jit(run)(x), x.swapaxes(0, 1))
 
 
-@pytest.mark.parametrize(("size", "pieces"), [(1, 1), (15, 1), (16, 2), (100, 7), (10_000, 32)])
+@pytest.mark.parametrize(("size", "pieces"), [(1, 1), (15, 1), (16, 2), (100, 7), (10_000, 64)])
 def test_two_workers_swap_in_pieces(size, pieces, monkeypatch):
     monkeypatch.setattr(rounds, "LARGEST", 64)
     x = np.arange(4 * size, dtype=np.float32).reshape(2, 2, size)

@@ -381,8 +381,27 @@ def test_on_cpu_local_optimizers_step_in_place_and_those_that_communicate_do_not
         step = jaxcomm.make_train_step(loss_fn, tx, axis_name=AXIS, sync=rule, mesh=mesh(2))
         state, _ = step(step.init(tree(), KEY), nan)
         assert step.donates_all == in_place
-        assert np.asarray(state.skipped).tolist() == [1, 0]
+        assert np.asarray(state.skipped).tolist() == [1, 0 if in_place else 1]
         assert not any(np.any(x[:1]) for x in jax.tree.leaves(state.opt_state))
+
+
+@pytest.mark.parametrize("simulate", [False, True])
+@pytest.mark.parametrize("inner", [(), ("chips",), ("hosts",), ("hosts", "chips")])
+def test_a_nan_is_skipped_by_those_that_the_optimizer_exchanges_with(inner, simulate):
+    """Chips that average every gradient, hosts that meet: no one else hears of it in between."""
+    names, nan = ("hosts", "chips"), jax.tree.map(np.array, batch(0))
+    nan["x"][2 * 4] = np.nan  # of worker (1, 0); a worker has four rows
+    way = {"simulate": (2, 2)} if simulate else {"mesh": mesh((2, 2), names)}
+    tx = optax.chain(*[jaxcomm.average(inner)] * bool(inner), optax.adam(0.1))
+    rule = jaxcomm.local_sgd(names, 3)
+    step = jaxcomm.make_train_step(loss_fn, tx, axis_name=names, sync=rule, **way)
+    state, _ = step(step.init(tree(), KEY), nan)
+    at = tuple(slice(None) if name in inner else i for name, i in zip(names, (1, 0)))
+    want = np.zeros((2, 2), int)
+    want[at] = 1
+    assert np.asarray(state.skipped).reshape(2, 2).tolist() == want.tolist()
+    for x in jax.tree.leaves((state.params, state.opt_state)):
+        assert np.isfinite(np.asarray(x, np.float32)).all()
 
 
 def test_without_donation_a_state_can_be_used_again():

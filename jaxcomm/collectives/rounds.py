@@ -22,7 +22,7 @@ from jaxcomm.collectives import axis, primitives
 from jaxcomm.collectives.axis import AxisName
 from jaxcomm.collectives.direct import LARGEST, MOST
 
-PIECES = 32  # of a swap, at most
+PIECES = 64  # of a swap, at most
 
 
 def worth_it(size_bytes: int, workers: int) -> bool:

@@ -6,8 +6,8 @@ passes it through the Optax chain, which communicates where the user said so, an
 result. With a sync rule the workers train apart and the rule decides when they meet.
 
 A non-finite gradient or loss on any worker makes all workers skip that update: no memory is
-touched, `skipped` counts it. With a sync rule there is nothing to agree on between meetings: the
-worker that saw it skips its own update.
+touched, `skipped` counts it. With a sync rule the workers apart have nothing to agree on between
+meetings: who saw it skips its own update, together with those that the optimizer exchanges with.
 """
 
 from collections.abc import Callable
@@ -60,7 +60,7 @@ class TrainStep:
         self.choice_names: tuple[str, ...] = ()  # of `metrics['branches']`, once traced
         self._loss_fn, self._tx = loss_fn, optax.with_extra_args_support(tx)
         self._sync, self._donate = sync, donate
-        self._in_place: bool | None = None  # see _steps_in_place; None before it is known
+        self._update_axes: tuple[str, ...] | None = None  # see _locate; None before they are known
         self._run: Callable | None = None
         self._mean: Callable | None = None
 
@@ -97,7 +97,9 @@ class TrainStep:
         sync, sync_state = self._sync, state.sync_state
         if sync is None:
             finite, metrics = self._agree(finite, metrics)
-        elif sync.adjust is not None:
+        elif axes := self._update_axes:  # what one of them sends reaches all of them
+            finite = axis.varying(all_sum(~finite, axes, METRICS) == 0, axes)
+        if sync is not None and sync.adjust is not None:
             grads, sync_state = sync.adjust(grads, state.params, sync_state, state.step, obj_fn)
         params, opt_state = self._update(finite, state, grads, metrics["loss"])
         step = state.step + 1
@@ -328,25 +330,29 @@ class TrainStep:
         XLA on CPU computes a new moment and, from the old one again, the update that the moment
         gives, so that it would copy what `where(finite, new, old)` is to replace.
         """
-        return self._donate and (self.workers.platform != "cpu" or bool(self._in_place))
+        return self._donate and (self.workers.platform != "cpu" or self._in_place)
 
-    def _steps_in_place(self, state: TrainState) -> bool:
+    @property
+    def _in_place(self) -> bool:
         """Whether the optimizer's step is a branch of a conditional, which copies nothing on CPU.
 
         So it is on CPU devices if the optimizer does not communicate: elsewhere a conditional
         waits for its predicate, and under vmap both branches run.
         """
-        workers = self.workers
-        if self._sync is None or workers.mode == "simulate" or workers.platform != "cpu":
-            return False
+        on_cpu = self.workers.mode != "simulate" and self.workers.platform == "cpu"
+        return on_cpu and self._sync is not None and self._update_axes == ()
+
+    def _axes_of_updates(self, state: TrainState) -> tuple[str, ...]:
+        """The worker axes along which the optimizer communicates."""
 
         def update(state):
             zeros = jax.tree.map(jnp.zeros_like, (state.params, jnp.float32(0)))
-            grads, loss = axis.varying(zeros, workers.axis_name)
+            grads, loss = axis.varying(zeros, self.workers.axis_name)
             self._tx.update(grads, state.opt_state, state.params, value=loss)
             return ()
 
-        return not self._collectives(update, self.places, (), jax.tree.map(_abstract, state))
+        found = self._collectives(update, self.places, (), jax.tree.map(_abstract, state))
+        return tuple(name for name in self.workers.names if any(name in c.axes for c in found))
 
     def _collectives(self, fn: Callable, places, out_places, state):
         """The collectives of one worker's function of its state."""
@@ -359,11 +365,13 @@ class TrainStep:
         return (self.places, Place.SPLIT), (self.places, metrics, Place.REPLICATED)
 
     def _locate(self, state: TrainState) -> None:
-        """Finds the places for a state that this object did not make."""
+        """Finds the places for a state that this object did not make, and, with a sync rule, the
+        axes of the optimizer.
+        """
         if self.places is None and not self._fits(state):
             raise ValueError("the state does not belong to this step: its tree or shapes differ")
-        if self._in_place is None:
-            self._in_place = self._steps_in_place(state)
+        if self._update_axes is None and self._sync is not None:
+            self._update_axes = self._axes_of_updates(state)
 
     def _fits(self, state: TrainState) -> bool:
         """Whether the state has the tree and the shapes of this step's states."""
