@@ -228,17 +228,20 @@ def test_report_has_every_method_and_check(rows):
     assert len(widths) <= 4
 
 
-def test_predictions_count_the_bytes_and_take_the_measured_computation():
-    row = time_row(JAX_DENSE, "10mbit", ["", ""], [5.0, 5.0], 0.2, 0.1, "tiny", hosts=2)
+@pytest.mark.parametrize(("ours", "together"), [(JAX_DENSE, max), ("jaxcomm PowerSGD r4", sum)])
+def test_predictions_count_the_bytes_and_take_the_measured_computation(ours, together):
+    """The dense step codes in the background of its messages."""
+    row = time_row(ours, "10mbit", ["", ""], [5.0, 5.0], 0.2, 0.1, "tiny", hosts=2)
     rows = index([row, time_row(DENSE, "10mbit", ["", ""], [5.0, 5.0], 0.2, 0.1, "tiny", hosts=2)])
     found = predictions(rows, 40)
-    assert list(found) == [("tiny", JAX_DENSE, 2, "10mbit")]
-    predicted, measured = found["tiny", JAX_DENSE, 2, "10mbit"]
-    sent = traffic(JAX_DENSE, "tiny", 2, 40).every_step_bytes
+    assert list(found) == [("tiny", ours, 2, "10mbit")]
+    predicted, measured = found["tiny", ours, 2, "10mbit"]
+    sent = traffic(ours, "tiny", 2, 40).every_step_bytes
     assert measured == 5.0
     bucket = 32_000  # bytes that pass at once
-    np.testing.assert_allclose(predicted, 0.2 + 8 * (1.055 * sent - bucket) / 1e7, rtol=0.02)
-    text = report([row], [JAX_DENSE], predicted={("tiny", JAX_DENSE, 2, "10mbit"): (4.0, 5.0)})
+    travels = max(0.0, 8 * (1.055 * sent - bucket) / 1e7)
+    np.testing.assert_allclose(predicted, 0.1 + together((0.1, travels)), rtol=0.02)
+    text = report([row], [ours], predicted={("tiny", ours, 2, "10mbit"): (4.0, 5.0)})
     assert "0 of 1 within 15%" in text
     assert "4.000 / 5.000 = 0.80" in text
 
