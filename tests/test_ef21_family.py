@@ -457,6 +457,7 @@ def noisy_descent(with_momentum, gamma, rounds, seeds=96):
     return jnp.mean(jax.vmap(one)(jnp.arange(seeds))[:, -rounds // 3 :])
 
 
+@pytest.mark.slow
 def test_stochastic_gradients_stall_ef21_but_not_its_momentum_form():
     """The sheet: 0.0116 and 0.0051 without momentum (gamma = 0.01 and 0.001), 0.0053 with.
 

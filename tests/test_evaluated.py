@@ -145,6 +145,7 @@ def test_means_of_what_differs_between_workers_in_a_state():
     close(evaluated[-1], mean(anchor))
 
 
+@pytest.mark.slow
 def test_the_summary_of_a_run_is_of_the_average(tmp_path):
     config = digits_lawa.get_config("smoke")
     config.mode = "simulate"

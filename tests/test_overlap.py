@@ -209,6 +209,7 @@ def test_prints_in_the_loss_are_kept():
     np.testing.assert_allclose(np.mean(seen), metrics["loss"], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_buckets_of_whole_leaves():
     """As many collectives as buckets; the same mean to the bit, low-rank means to rounding."""
     counts = {}

@@ -81,6 +81,7 @@ def test_alone_it_refuses():
     assert "this process is part of no job" in run.stderr
 
 
+@pytest.mark.slow
 def test_a_slow_host_behind_a_token_bucket(tmp_path):
     path, hosts = tmp_path / "probe.json", 3
     job = cluster.Job(("-m", "experiments.probe"), hosts, rate="100mbit")

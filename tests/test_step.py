@@ -318,6 +318,7 @@ def test_raw_keys_are_as_good_as_typed_ones():
     assert same(host(typed), host(raw))
 
 
+@pytest.mark.slow
 def test_two_axes_are_one_axis_of_their_product():
     """In both hops of a random codec: the order of workers, chunks and keys is row-major."""
     names, found = ("pods", "hosts"), []

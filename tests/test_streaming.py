@@ -208,6 +208,7 @@ def test_four_bits_train_nearly_as_well_as_thirty_two():
     assert found[1] < 4e-3
 
 
+@pytest.mark.slow
 def test_real_devices_agree_and_only_due_fragments_travel():
     q, loss, x0 = tree_problem()
     q = Quadratic(n=8, d=12)

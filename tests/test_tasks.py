@@ -353,6 +353,7 @@ def test_digits_reach_97_percent():
     assert train(task, 300, 128, 3e-3)["validation_accuracy"] >= 0.97
 
 
+@pytest.mark.slow
 def test_smoke_lm_learns_more_than_unigrams():
     task = make("lm")
     got = train(task, 60, 32, 1e-2)
