@@ -8,7 +8,8 @@ mutual exchange, and messages travel in two halves: with m = n-1 workers on a ci
 centre, each round is a shift of the circle in which one arc goes by the centre, such that the arcs
 that are replaced form the zigzag 0, m-1, 1, m-2, ..., which then is a round of its own; and the
 same for the zigzag backwards. The 2m rounds have every arc twice. Two workers can but swap: they do
-it in pieces, so that who waits waits for one of them. The bytes are the all-to-all's.
+it in pieces, so that who waits waits for one of them (and so is a large gather of two, which
+round a ring is a swap as well). The bytes are the all-to-all's.
 """
 
 import functools
