@@ -54,6 +54,7 @@ class BackgroundStep(TrainStep):
         state = self._own(state)
         self._locate(state)
         self._local.layout.places = self.places._replace(sync_state=())
+        self._local._update_axes = self._update_axes  # the same optimizer: it need not look again
         step = int(state.step) + 1
         if step == self._parts.total_steps:
             sync_state = self._carry(state.sync_state, self.workers)
