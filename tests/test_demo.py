@@ -181,3 +181,11 @@ def test_arguments_are_checked(arguments, message):
         demo(0.1, AXIS, **arguments)
     with pytest.raises(ValueError, match="weight_decay needs"):
         demo(0.1, AXIS, weight_decay=0.1).update(jnp.ones(2), None)
+
+
+def test_integers_are_refused():
+    """Their step, a sign times the rate, would be cut off."""
+    tx, numbers = jaxcomm.demo(0.1, AXIS), {"i": jnp.ones((2, 3), jnp.int32)}
+    update = lambda g: tx.update(g, tx.init(g))[0]
+    with pytest.raises(TypeError, match=r"got int32 at \['i'\]"):
+        jax.vmap(update, axis_name=AXIS)(numbers)

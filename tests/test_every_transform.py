@@ -144,6 +144,21 @@ def test_composes(name):
     composition.check_all(lambda: METHODS[name].make(0.01), ends=optax.identity)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("name", METHODS)
+def test_wide_numbers(name, dtype):
+    """With jax_enable_x64, where new arrays are float64 unless told otherwise."""
+    with jax.enable_x64(True):
+        params = jax.tree.map(lambda x: jnp.asarray(x, dtype), PARAMS)
+        tx = METHODS[name].make(0.1)
+        step = jaxcomm.make_train_step(composition.loss_fn, tx, axis_name=AXIS, simulate=4)
+        state = step.init(params, jax.random.key(0))
+        for i in range(3):
+            state, _ = step(state, composition.batch(i))
+        assert all(x.dtype == dtype for x in jax.tree.leaves(state.params))
+
+
 def test_hyperparameters_can_be_scheduled():
     """Under inject_hyperparams: what no other test injects."""
     decay = optax.inject_hyperparams(jaxcomm.error_feedback)(

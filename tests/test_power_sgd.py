@@ -259,7 +259,7 @@ def test_saved_and_resumed_and_a_nan():
 
 
 def test_arguments_are_checked():
-    with pytest.raises(ValueError, match="rank must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="rank must be a whole number, at least 1, got 0"):
         power_sgd(0, AXIS)
     with pytest.raises(ValueError, match="min_compression_rate must not be negative"):
         power_sgd(1, AXIS, min_compression_rate=-1)

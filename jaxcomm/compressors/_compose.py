@@ -97,7 +97,7 @@ def compose(sparsifier: Sparsifier, quantizer: Compressor) -> Composed:
       A compressor of the quantizer's bytes for k values plus the sparsifier's indices.
 
     Raises:
-      ValueError: If the first is not a sparsifier, or the second is one.
+      ValueError: If the first is not a sparsifier, or the second is one or no compressor.
 
     Example:
       >>> import jaxcomm.compressors as compressors
@@ -110,6 +110,6 @@ def compose(sparsifier: Sparsifier, quantizer: Compressor) -> Composed:
     """
     if not isinstance(sparsifier, Sparsifier) or isinstance(sparsifier, Composed):
         raise ValueError(f"compose: sparsifier must be a sparse compressor, got {sparsifier!r}")
-    if isinstance(quantizer, Sparsifier):
-        raise ValueError(f"compose: quantizer must not be a sparse compressor, got {quantizer!r}")
+    if isinstance(quantizer, Sparsifier) or not isinstance(quantizer, Compressor):
+        raise ValueError(f"compose: quantizer must be a dense compressor, got {quantizer!r}")
     return Composed(sparsifier, quantizer)

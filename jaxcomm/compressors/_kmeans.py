@@ -50,7 +50,7 @@ class KMeans(Compressor):
     def _start(self, x: jax.Array) -> jax.Array:
         low = x.min() if x.shape[0] else jnp.float32(0)
         high = x.max() if x.shape[0] else jnp.float32(0)
-        codebook = low + (high - low) * jnp.linspace(0.0, 1.0, self.k)
+        codebook = low + (high - low) * jnp.linspace(0.0, 1.0, self.k, dtype=jnp.float32)
         codebook = jnp.where(jnp.arange(self.k) == self.k - 1, high, codebook)
         if not self.pin_zero:
             return codebook

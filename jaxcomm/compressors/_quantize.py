@@ -123,7 +123,7 @@ class Quantize(Compressor):
         key = require_key(key, f"quantize(rounding={self.rounding!r})")
         if self.rounding == "stochastic":
             return None, _noise.uniform(key, size)
-        shift = jax.random.uniform(key, (1,))
+        shift = jax.random.uniform(key, (1,), jnp.float32)
         return shift, shift
 
     def _code(self, v: jax.Array, noise: jax.Array | None) -> jax.Array:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcomm.compressors import packing
-from jaxcomm.compressors._blocks import check_block_size, expand, reduce_blocks
+from jaxcomm.compressors._blocks import check_block_size, expand, norms, reduce_blocks
 from jaxcomm.compressors.base import Compressor, Payload
 
 
@@ -64,13 +64,14 @@ class Sign(Compressor):
 
     def _scales(self, x: jax.Array, counts: jax.Array) -> jax.Array:
         """One scale a block; padding is zero and must not be in `counts`."""
-        power = jnp.abs if self.scale == "l1" else jnp.square
+        counts = jnp.maximum(counts, 1).astype(jnp.float32)
+        if self.scale == "l2":
+            some = self.block_size is not None or x.shape[0]
+            total = norms(x, self.block_size, "l2") if some else jnp.zeros((1,), jnp.float32)
+            return total / jnp.sqrt(counts)
         if self.block_size is None:
-            total = power(x).sum(keepdims=True)
-        else:
-            total = reduce_blocks(lambda rows: power(rows).sum(1), x, self.block_size)
-        mean = total / jnp.maximum(counts, 1).astype(jnp.float32)
-        return mean if self.scale == "l1" else jnp.sqrt(mean)
+            return jnp.abs(x).sum(keepdims=True) / counts
+        return reduce_blocks(lambda rows: jnp.abs(rows).sum(1), x, self.block_size) / counts
 
 
 def _sign_bits(x: jax.Array) -> jax.Array:

@@ -54,7 +54,8 @@ class ThresholdTopK(Sparsifier):
         taken = size // stride
         start = 0 if key is None else jax.random.randint(key, (), 0, stride)
         sampled = magnitude_bits(x[start + stride * jnp.arange(taken, dtype=jnp.int32)])
-        return kth_largest(sampled, max(1, round(self.fraction * taken)))
+        rank = max(1, round(self.fraction * taken))
+        return jnp.maximum(kth_largest(sampled, rank), 1)  # zeros are no hits
 
     def positions(self, metadata: Payload, size: int) -> jax.Array:
         bits = packing.index_bits(size)

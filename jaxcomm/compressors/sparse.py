@@ -60,13 +60,13 @@ class Sparsifier(Compressor):
 
 
 def check_fraction_or_k(name: str, fraction: float | None, k: int | None) -> None:
-    """Exactly one of `fraction` in (0, 1] and `k` >= 1."""
+    """Exactly one of `fraction` in (0, 1] and a whole `k` >= 1."""
     if (fraction is None) == (k is None):
         raise ValueError(f"{name}: give exactly one of fraction and k, got {fraction=}, {k=}")
     if fraction is not None and not 0.0 < fraction <= 1.0:
         raise ValueError(f"{name}: fraction must be in (0, 1], got {fraction}")
-    if k is not None and k < 1:
-        raise ValueError(f"{name}: k must be at least 1, got {k}")
+    if k is not None and not (k >= 1 and k % 1 == 0):
+        raise ValueError(f"{name}: k must be a whole number, at least 1, got {k}")
 
 
 def kept(fraction: float | None, k: int | None, size: int) -> int:

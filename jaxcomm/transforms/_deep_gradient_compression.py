@@ -147,7 +147,8 @@ def deep_gradient_compression(
         new = DeepGradientCompressionState(
             state.count + 1, memory, unflatten(v - sent, jnp.float32)
         )
-        return combine(unflatten(mean), restore(step_dense)), new
+        direction = combine(unflatten(mean), restore(step_dense))
+        return jax.tree.map(lambda u, g: u.astype(g.dtype), direction, updates), new
 
     return Communication(init_fn, update_fn)
 
@@ -171,7 +172,7 @@ def _clip(updates, clip_norm, axis_name):
     limit = clip_norm / math.sqrt(size(axis_name))
     squares = [jnp.sum(jnp.square(g.astype(jnp.float32))) for g in jax.tree.leaves(updates)]
     scale = jnp.minimum(1.0, limit / jnp.maximum(jnp.sqrt(sum(squares)), 1e-30))
-    return jax.tree.map(lambda g: (g * scale).astype(g.dtype), updates)
+    return jax.tree.map(lambda g: g.astype(jnp.float32) * scale, updates)
 
 
 def _check(fraction, momentum, clip_norm, warmup_steps, warmup_fractions) -> None:

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxcomm.collectives import AxisName, all_gather
-from jaxcomm.collectives.flatten import zeros_like_float32
+from jaxcomm.collectives.flatten import check_floating, zeros_like_float32
 from jaxcomm.compressors import packing
 from jaxcomm.compressors._dct import dct_basis
 from jaxcomm.compressors._top_k import largest
@@ -158,6 +158,7 @@ def demo(
         del extra
         if params is None and not (isinstance(weight_decay, (int, float)) and weight_decay == 0):
             raise ValueError("demo: weight_decay needs update(..., params), got None")
+        check_floating(updates)
         rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
         rate = jnp.asarray(rate, jnp.float32)
         momentum = jax.tree.map(

@@ -96,6 +96,8 @@ def ef21(
       Richtarik, Sokolov & Fatkhullin, EF21, arXiv 2106.05203.
     """
     check_compressor(compressor, "ef21")
+    if downlink is not None:
+        check_compressor(downlink, "ef21: downlink")
     for name, value in (("momentum", momentum), ("participation", participation)):
         if isinstance(value, (int, float)) and not 0 < value <= 1:
             raise ValueError(f"ef21: {name} must be in (0, 1], got {value}")

@@ -173,7 +173,7 @@ def just_one_byte(
 def encode_byte(p: jax.Array, clip: float, key: jax.Array) -> jax.Array:
     """p on 255 levels of [-clip, clip], rounded without bias; uint8, ABSENT if not finite."""
     level = jnp.clip(p / clip, -1.0, 1.0) * _STEPS
-    rounded = jnp.floor(level + jax.random.uniform(key, jnp.shape(p))) + _STEPS
+    rounded = jnp.floor(level + jax.random.uniform(key, jnp.shape(p), jnp.float32)) + _STEPS
     return jnp.where(jnp.isfinite(p), jnp.clip(rounded, 0, 2 * _STEPS), ABSENT).astype(jnp.uint8)
 
 
@@ -186,7 +186,7 @@ def decode_byte(code: jax.Array, clip: float) -> jax.Array:
 def _direction(key: jax.Array, params):
     """z ~ N(0, I), float32, leaf by leaf in tree order."""
     leaves, treedef = jax.tree.flatten(params)
-    draw = lambda i, x: jax.random.normal(jax.random.fold_in(key, i), x.shape)
+    draw = lambda i, x: jax.random.normal(jax.random.fold_in(key, i), x.shape, jnp.float32)
     return treedef.unflatten([draw(i, x) for i, x in enumerate(leaves)])
 
 

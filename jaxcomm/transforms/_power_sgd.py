@@ -150,8 +150,8 @@ def power_sgd(
         leaves, treedef = jax.tree.flatten(matrices)
         sides = [matrix_shape(x.shape) or (0, 0) for x in leaves]
         shapes = [(b, min(rank, a, b)) for a, b in sides]
-        drawn = [jax.random.normal(jax.random.fold_in(key, i), s) for i, s in enumerate(shapes)]
-        return jax.tree.unflatten(treedef, drawn)
+        draw = lambda i, shape: jax.random.normal(jax.random.fold_in(key, i), shape, jnp.float32)
+        return jax.tree.unflatten(treedef, [draw(i, shape) for i, shape in enumerate(shapes)])
 
     def buckets_of(tree):
         """A function for every bucket: of such a tree, its leaves of the bucket."""
@@ -251,8 +251,8 @@ def _check(rank, min_compression_rate, start_step) -> None:
             "power_sgd: rank sets the shapes of the messages; under optax.inject_hyperparams name "
             "it in static_args"
         )
-    if rank < 1:
-        raise ValueError(f"power_sgd: rank must be at least 1, got {rank}")
+    if not (rank >= 1 and rank % 1 == 0):
+        raise ValueError(f"power_sgd: rank must be a whole number, at least 1, got {rank}")
     if min_compression_rate < 0:
         raise ValueError(
             f"power_sgd: min_compression_rate must not be negative, got {min_compression_rate}"

@@ -135,8 +135,8 @@ def zero_one_adam(
             nu_count=zero,
             moved=zeros(),
             anchor=jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params),
-            rates=jnp.zeros(()),
-            decay=jnp.zeros(()),
+            rates=jnp.zeros((), jnp.float32),
+            decay=jnp.zeros((), jnp.float32),
             next_sync=rounds(zero),
             next_variance=zero,
             error=zeros(),
@@ -179,9 +179,10 @@ def zero_one_adam(
             mean = total / jnp.where(rates > 0, rates, 1.0)
             new_z = z - rates * precondition(mean, v_hat, eps, limit) - decay * shrinking
             change = _difference(unflatten(new_z, jnp.float32), params)
+            zero = jnp.zeros((), jnp.float32)
             new_m = jnp.where(rates > 0, mean, m)  # at a rate of zero nothing was moved
             own = (new_m, jnp.zeros_like(moved), *memories)
-            return change, own, (new_z, jnp.zeros(()), jnp.zeros(()), t + rounds(t))
+            return change, own, (new_z, zero, zero, t + rounds(t))
 
         change, (m, moved, error, server_error), shared = cond(t >= state.next_sync, meet, local)
         z, rates, decay, next_sync = shared
