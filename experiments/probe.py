@@ -54,7 +54,7 @@ class Probe:
         """Slow hosts and links, by the time that a megabyte takes."""
         if self.hosts < 2:
             return []
-        return localise(np.nan_to_num(self.matrix("latency") + 8e6 / self.matrix("bandwidth")))
+        return localise(self.matrix("latency") + 8e6 / self.matrix("bandwidth"))
 
     def link(self) -> Link:
         """A link as good as the worst pair, which holds everybody up."""

@@ -65,6 +65,71 @@ def test_two_faults_at_once():
     assert found == {("sender", 2, None), ("link", 5, 1), ("receiver", None, 6)}
 
 
+@pytest.mark.parametrize("n", [4, 5, 8])
+@pytest.mark.parametrize("rises", [(2e-3, 10e-3), (5e-3, 2e-3), (1e-3, 1e-3), (20e-3, 20e-3)])
+def test_faults_that_share_entries_bring_no_others(n, rises):
+    delays = np.full((n, n), 1e-3)
+    delays[1] += rises[0]
+    row, crossing = delays.copy(), delays.copy()
+    row[1, 0] += rises[1]
+    crossing[:, 2] += rises[1]
+    for matrix, other in ((row, ("link", 1, 0)), (crossing, ("receiver", None, 2))):
+        found = {fault[:3]: fault.seconds for fault in localise(matrix)}
+        expected = {("sender", 1, None): 1e-3 + rises[0], other: 1e-3 + rises[1]}
+        assert found == {place: pytest.approx(seconds) for place, seconds in expected.items()}
+
+
+def test_two_links_of_one_sender_are_no_slow_sender():
+    delays = np.full((4, 4), 1e-3)
+    delays[0, 1] = delays[0, 2] = 3e-3
+    assert {fault[:3] for fault in localise(delays)} == {("link", 0, 1), ("link", 0, 2)}
+
+
+@pytest.mark.parametrize("n", [2, 3, 5])
+@pytest.mark.parametrize("unknown", [math.nan, math.inf])
+@pytest.mark.filterwarnings("error")
+def test_unknown_delays_take_no_part(n, unknown):
+    delays = np.full((n, n), 1e-3)
+    np.fill_diagonal(delays, math.nan)
+    delays[0, 1] = unknown
+    assert localise(delays) == []
+    assert localise(np.full((n, n), unknown)) == []
+    if n > 2:
+        delays[1] = 4e-3
+        assert [fault[:3] for fault in localise(delays)] == [("sender", 1, None)]
+    pings = np.full((5, n, n), 1e-3)
+    pings[2, 1, 0] = unknown
+    pings[:, 0, 1] = 5e-3
+    assert [fault[:3] for fault in localise(pings)] == [("link", 0, 1)]
+
+
+def test_lost_pings_bring_no_faults():
+    """Of a link with one ping left, the noise of one; nor is the noise taken from such links."""
+    for seed in range(20):
+        delays = _delays(8, seed)
+        delays[1:, 1, 0] = math.nan
+        assert localise(delays) == []
+        delays[:, 3] += 10 * SIGMA
+        assert [fault[:3] for fault in localise(delays)] == [("sender", 3, None)]
+        delays = _delays(8, seed)
+        delays[1:][:, np.random.default_rng(seed).random((8, 8)) < 0.7] = math.nan
+        assert localise(delays) == []
+
+
+def test_a_probe_does_not_take_a_link_it_has_not_measured_for_a_fast_one():
+    from experiments.probe import Probe
+
+    latency = [[None if i == j else 1e-4 for j in range(3)] for i in range(3)]
+    bandwidth = [[None if i == j else 1e8 for j in range(3)] for i in range(3)]
+    for i, j in ((0, 1), (1, 0), (1, 2)):
+        latency[i][j] = bandwidth[i][j] = None
+    assert Probe(3, None, latency, bandwidth).faults == []
+    latency[1][2], bandwidth[1][2] = 1e-4, 1e8
+    bandwidth[2] = [1e7, 1e7, None]
+    (fault,) = Probe(3, None, latency, bandwidth).faults
+    assert fault[:3] == ("sender", 2, None)
+
+
 def test_a_fault_says_what_it_is():
     delays = np.full((3, 3), 1e-3)
     delays[1] = 4e-3
@@ -121,6 +186,25 @@ def test_scores_do_not_see_what_is_unknown():
     assert np.isnan(robust_scores([math.nan] * 2)).all()
     with pytest.raises(ValueError, match=r"same shape, got \(1, 2\) and \(1, 3\)"):
         find_slow([1.0, 2.0], [1.0, 2.0, 3.0])
+
+
+def test_of_two_known_times_the_longer_is_slow():
+    unknown = math.nan
+    (found,) = find_slow([1.0, unknown, 3.0], [2.1, unknown, 0.1])
+    assert (found.process, found.kind, found.usual) == (2, SLOW_COMPUTATION, 1.0)
+    (found,) = find_slow([1.0, unknown, 1.0], [0.1, unknown, 0.3])
+    assert (found.process, found.kind) == (2, SLOW_COMMUNICATION)
+
+
+def test_a_wait_for_nobody_knows_whom_is_no_slow_communication():
+    """In two of three steps somebody's computation is unknown, once the slow one's."""
+    unknown = math.nan
+    compute = [[1, 1, 3], [unknown, 1, 3], [1, 1, unknown]]
+    (found,) = find_slow(compute, [[2.1, 2.1, 0.1]] * 3)
+    assert (found.process, found.kind) == (2, SLOW_COMPUTATION)
+    for steps in (1, 2):  # everybody may have waited for the last process
+        found = find_slow([[1, 1, 1, unknown]] * steps, [[2.1] * 4] * steps, usual_collective=0.1)
+        assert found == []
 
 
 class Store(dict):

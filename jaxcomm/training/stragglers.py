@@ -16,7 +16,8 @@ and a process is slow if z_i > 5 (with the floor: a quarter more than the median
 
 Which link it is says the matrix of delays D_ij from sender i to receiver j: a hot row is a slow
 sender, a hot column a slow receiver, a hot point a slow link. `localise` takes, one by one, the
-row, column or point S whose mean rise explains most: |S| mean_S(z)^2, the gain of a shift in mean.
+row, column or point S whose mean rise explains most: |S| mean_S(z)^2, the gain of a shift in mean;
+z is what the rises of those before it, fitted together, leave.
 
 Source: Dong et al. 2024, "Boosting Large-scale Parallel Training Efficiency with C4", arXiv
 2406.04594: the four classes and the reading of the matrix. Scores and the search are ours.
@@ -60,7 +61,7 @@ class Fault(NamedTuple):
     kind: str  # 'sender', 'receiver' or 'link'
     sender: int | None
     receiver: int | None
-    seconds: float  # mean delay there
+    seconds: float  # mean delay there by this fault alone
     usual: float  # median delay
 
     def __str__(self) -> str:
@@ -99,7 +100,7 @@ def find_slow(compute, collective, usual_collective: float | None = None) -> lis
     Args:
       compute: seconds of each process's computation, shape (n,) or (steps, n).
       collective: seconds from entering the collective to leaving it, like `compute`; nan where
-        unknown.
+        unknown. A process whose computation is never known is left out.
       usual_collective: seconds of the shortest collective among the processes, which waited for
         nobody, when all was well.
 
@@ -109,19 +110,21 @@ def find_slow(compute, collective, usual_collective: float | None = None) -> lis
     Raises:
       ValueError: shapes that differ.
     """
-    compute, collective = (np.atleast_2d(np.asarray(x, float)) for x in (compute, collective))
+    compute, collective = (np.atleast_2d(_known(x)) for x in (compute, collective))
     if compute.shape != collective.shape:
         raise ValueError(
             "find_slow: compute and collective must have the same shape, got "
             f"{compute.shape} and {collective.shape}"
         )
-    last = np.nanmax(np.where(np.isfinite(compute), compute, 0.0), 1, keepdims=True)
+    here = np.isfinite(compute).any(0)
+    # of a step with an unknown computation, which may have been the last, nan: so is the wait
+    last = np.max(np.where(here, compute, 0.0), 1, keepdims=True)
     transfer = np.maximum(collective - (last - compute), 0.0)
     compute, transfer = _medians(compute), _medians(transfer)
     found = _outliers(compute, SLOW_COMPUTATION)
     late = {finding.process for finding in found}
     found += [f for f in _outliers(transfer, SLOW_COMMUNICATION) if f.process not in late]
-    if usual_collective and np.isfinite(transfer).any():
+    if usual_collective and here.all() and np.isfinite(transfer).any():
         shortest = float(np.nanmin(transfer))
         score = (shortest / usual_collective - 1) / FLOOR
         if score > SCORE and not any(f.kind == SLOW_COMMUNICATION for f in found):
@@ -158,8 +161,8 @@ def localise(delays, noise: float | None = None, score: float = 5.0) -> list[Fau
     With two hosts a link, its sender and its receiver are the same thing, and called a link.
 
     Args:
-      delays: seconds from sender i to receiver j, shape (n, n) or (repeats, n, n); the diagonal
-        is not looked at.
+      delays: seconds from sender i to receiver j, shape (n, n) or (repeats, n, n), nan where
+        unknown; the diagonal is not looked at.
       noise: standard deviation of an entry; estimated from the repeats, or from the matrix.
       score: a rise counts if its gain is above score^2 + 2 log(number of candidates), and the
         rise itself above a fifth of the median delay (two fifths with two hosts).
@@ -170,34 +173,45 @@ def localise(delays, noise: float | None = None, score: float = 5.0) -> list[Fau
     Raises:
       ValueError: not a square matrix of at least two hosts.
     """
-    cube = np.asarray(delays, float)
+    cube = _known(delays)
     cube = cube[None] if cube.ndim == 2 else cube
     if cube.ndim != 3 or cube.shape[1] != cube.shape[2] or cube.shape[1] < 2:
         raise ValueError(f"localise: delays must be (n, n), n at least 2, got {np.shape(delays)}")
-    n, apart = cube.shape[1], ~np.eye(cube.shape[1], dtype=bool)
-    matrix = np.median(cube, 0)
-    usual = _lower_median(matrix[apart])
-    sigma = _noise(cube, matrix, apart) if noise is None else noise
+    n, matrix = cube.shape[1], _medians(cube)
+    known = np.isfinite(matrix) & ~np.eye(n, dtype=bool)
+    if not known.any():
+        return []
+    usual = _lower_median(matrix[known])
+    sigma = _noise(cube, matrix, known) if noise is None else noise
     sigma = max(sigma, 0.2 * FLOOR * usual, 1e-12)
-    excess = np.where(apart, matrix - usual, 0.0)
+    z = np.where(known, matrix - usual, 0.0) / sigma
     least = score**2 + 2 * math.log(n * (n + 1))
-    faults: list[Fault] = []
-    while len(faults) < n * n:
-        kind, sender, receiver, gain, rise = _best(excess / sigma, apart)
-        if gain < least or rise * sigma < (0.4 if n == 2 else 0.2) * usual:
-            break
-        faults.append(Fault(kind, sender, receiver, usual + rise * sigma, usual))
-        where = (
-            slice(None) if sender is None else sender,
-            slice(None) if receiver is None else receiver,
-        )
-        excess[where] -= rise * sigma
-        excess = np.where(apart, excess, 0.0)
-    return faults
+    smallest = (0.4 if n == 2 else 0.2) * usual / sigma
+    found = _search(z, known, least, smallest)
+    return [Fault(*place, float(usual + rise * sigma), usual) for place, rise in found]
+
+
+def _search(z: np.ndarray, known: np.ndarray, least: float, smallest: float):
+    """Places (kind, sender, receiver) and their rises in z."""
+    places: list[tuple[str, int | None, int | None]] = []
+    rises, rest = [], z
+    while True:
+        place, gain, rise = _best(rest, known)
+        if gain < least or rise < smallest or place in places:
+            # a sender of whom most links have been named since may have nothing of its own left
+            return [(p, rise) for p, rise in zip(places, rises) if rise >= smallest / 2]
+        places.append(place)
+        rises, rest = _fit(z, known, places)
+
+
+def _known(times) -> np.ndarray:
+    """As an array; nan for what is not finite."""
+    times = np.asarray(times, float)
+    return np.where(np.isfinite(times), times, math.nan)
 
 
 def _medians(times: np.ndarray) -> np.ndarray:
-    """Of each process over the steps; nan where there is none."""
+    """Over the first axis; nan where there is none."""
     known = np.isfinite(times).any(0)
     return np.where(known, np.nanmedian(np.where(known, times, 0.0), 0), math.nan)
 
@@ -206,7 +220,7 @@ def _outliers(times: np.ndarray, kind: str) -> list[Finding]:
     if not np.isfinite(times).any():
         return []
     scores, usual = robust_scores(times), float(np.nanmedian(times))
-    if len(times) == 2:  # each is as far from the median as the other
+    if np.isfinite(times).sum() == 2:  # each is as far from the median as the other
         usual = float(np.nanmin(times))
         scores = (times - usual) / max(2 * FLOOR * usual, 1e-12)
     found = [(i, float(z)) for i, z in enumerate(scores) if z > SCORE]
@@ -218,27 +232,44 @@ def _lower_median(values: np.ndarray) -> float:
     return float(np.sort(values)[(len(values) - 1) // 2])
 
 
-def _noise(cube: np.ndarray, matrix: np.ndarray, apart: np.ndarray) -> float:
-    repeats = len(cube)
-    if repeats > 2:  # of a median of so many; two entries are compared with each other only
-        spread = MAD_TO_SIGMA * float(np.median(np.abs(cube - matrix)[:, apart]))
-        factor = math.sqrt(math.pi / 2 / (repeats - 1) * (2 if len(matrix) == 2 else 1))
-        return spread * factor
-    values = matrix[apart]
+def _noise(cube: np.ndarray, matrix: np.ndarray, known: np.ndarray) -> float:
+    count = np.isfinite(cube).sum(0)
+    often = known & (count > 2)
+    if often.any():  # of the median of the fewest; two entries are compared with each other only
+        spread = MAD_TO_SIGMA * float(np.nanmedian(np.abs(cube - matrix)[:, often]))
+        fewest = max(int(count[known].min()), 2)
+        return spread * math.sqrt(math.pi / 2 / (fewest - 1) * (2 if len(matrix) == 2 else 1))
+    values = matrix[known]
     return MAD_TO_SIGMA * _lower_median(np.abs(values - _lower_median(values)))
 
 
-def _best(z: np.ndarray, apart: np.ndarray):
-    """(kind, sender, receiver, gain, mean rise in z) of the row, column or point with most gain."""
-    n = len(z)
-    i, j = np.unravel_index(np.argmax(np.where(apart, z, -np.inf)), z.shape)
-    top = float(z[i, j])
-    rows, columns = z.sum(1) / (n - 1), z.sum(0) / (n - 1)
-    gain = lambda rise, count: count * max(rise, 0.0) ** 2
-    r, c = int(np.argmax(rows)), int(np.argmax(columns))
-    candidates = [
-        ("link", int(i), int(j), gain(top, 1), top),
-        ("sender", r, None, gain(rows[r], n - 1), float(rows[r])),
-        ("receiver", None, c, gain(columns[c], n - 1), float(columns[c])),
-    ]
-    return max(candidates, key=lambda candidate: candidate[3])  # the first of equals: the link
+def _best(z: np.ndarray, known: np.ndarray):
+    """Of the row, column or point with most gain: (kind, sender, receiver), gain, mean rise."""
+    i, j = np.unravel_index(np.argmax(np.where(known, z, -np.inf)), z.shape)
+    candidates: list = [(("link", int(i), int(j)), max(z[i, j], 0.0) ** 2, z[i, j])]
+    for axis, kind in ((1, "sender"), (0, "receiver")):
+        count = np.maximum(known.sum(axis), 1)
+        means = z.sum(axis) / count
+        gains = count * np.maximum(means, 0.0) ** 2
+        k = int(np.argmax(gains))
+        candidates.append(((kind, k, None) if axis else (kind, None, k), gains[k], means[k]))
+    return max(candidates, key=lambda candidate: candidate[1])  # the first of equals: the link
+
+
+def _fit(z: np.ndarray, known: np.ndarray, places: list) -> tuple[list, np.ndarray]:
+    """The rises of all places, by least squares together, and what they leave of z.
+
+    A link takes what is left of its entry, so rows and columns are fitted to the other entries.
+    """
+    free, lines = known.copy(), []
+    for kind, sender, receiver in places:
+        if kind == "link":
+            free[sender, receiver] = False
+        else:
+            lines.append(np.zeros_like(z))
+            lines[-1][sender if receiver is None else np.s_[:, receiver]] = 1.0
+    shapes = np.reshape(lines, (len(lines), *z.shape))
+    flat = (shapes * free).reshape(len(lines), z.size)
+    fitted = np.linalg.lstsq(flat @ flat.T, flat @ z.ravel(), rcond=None)[0]
+    rest, each = z - np.tensordot(fitted, shapes, 1), iter(fitted)
+    return [rest[i, j] if kind == "link" else next(each) for kind, i, j in places], rest * free
