@@ -5,6 +5,7 @@
     python -m experiments.bench peers [--quick]            beside PyTorch DDP and plain JAX
     python -m experiments.bench faults [--count=100]       processes that die, get stuck, lose disks
     python -m experiments.bench overlap [--workdir=DIR]    do transfers hide behind computation
+    python -m experiments.bench scale [--workdir=DIR]      steps as the work grows, beside `plan`
 
 Each is a module `experiments.bench_<name>` with `main(arguments)` and, for flags of its own,
 `define_flags()`.
@@ -16,6 +17,8 @@ import sys
 from types import ModuleType
 
 from absl import app
+
+from experiments import command_line
 
 NAMES = ("wire", "codec", "faults", "overlap", "peers", "scale")
 
@@ -36,13 +39,20 @@ def find(name: str) -> ModuleType:
 def main(argv: list[str]) -> int:
     """`argv` as in sys.argv: the first argument that is no flag names the measurement."""
     names = [word for word in argv[1:] if not word.startswith("-")]
+    if not names and {"--help", "-h"} & set(argv):
+        print(__doc__)
+        return 0
     try:
         module = find(names[0] if names else "")
+        getattr(module, "define_flags", lambda: None)()
+        measure = lambda rest: module.main(rest[2:])
+        app.run(measure, argv=argv, flags_parser=command_line.parse_flags)
     except ValueError as error:
-        print(f"bench: {error}", file=sys.stderr)
+        text = command_line.sentence(error)
+        if text is None:
+            raise
+        print(f"bench: {text}", file=sys.stderr)
         return 2
-    getattr(module, "define_flags", lambda: None)()
-    app.run(lambda rest: module.main(rest[2:]), argv=argv)
     return 0
 
 

@@ -129,7 +129,22 @@ def print_table(rows: Sequence[Row]) -> None:
 
 def main(argv: Sequence[str]) -> None:
     """python -m experiments.bench_codec SIZE [SIZE ...]"""
-    print_table(run([int(float(a)) for a in argv] or (100_000, 1_000_000, 10_000_000)))
+    print_table(run([_size(word) for word in argv] or (100_000, 1_000_000, 10_000_000)))
+
+
+def _size(word: str) -> int:
+    """The number of elements that an argument such as 1e6 says.
+
+    Raises:
+      ValueError: not a number, or below 1.
+    """
+    try:
+        size = int(float(word))
+    except (ValueError, OverflowError):
+        size = 0
+    if size < 1:
+        raise ValueError(f"a size is a number of elements such as 1e6, got {word!r}")
+    return size
 
 
 if __name__ == "__main__":

@@ -81,7 +81,11 @@ def load_configs(texts: list[str]) -> dict[str, Config]:
 
 
 def set_fields(config: Config, assignments: list[str]) -> None:
-    """Applies 'a.b=value' assignments; values are Python literals, or strings."""
+    """Applies 'a.b=value' assignments; values are Python literals, or strings.
+
+    Raises:
+      ValueError: not a field of the config, or a value of another type.
+    """
     changes = {}
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
@@ -91,7 +95,10 @@ def set_fields(config: Config, assignments: list[str]) -> None:
             changes[key] = ast.literal_eval(text)
         except (ValueError, SyntaxError):
             changes[key] = text
-    config.update_from_flattened_dict(changes)
+    try:
+        config.update_from_flattened_dict(changes)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"--set={','.join(assignments)}: {error}") from error
 
 
 def check_budget(configs: dict[str, Config]) -> None:

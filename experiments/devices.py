@@ -23,8 +23,10 @@ def with_workers(config: Config) -> Config:
     """The config with the number of workers: for 0 that of the devices in the job.
 
     Raises:
-      ValueError: 0 simulated workers, or a batch that the workers do not divide.
+      ValueError: less than 0, 0 simulated workers, or a batch that the workers do not divide.
     """
+    if config.workers < 0:
+        raise ValueError(f"config.workers must not be negative, got {config.workers}")
     if not config.workers:
         if config.mode == "simulate":
             raise ValueError("config.workers=0 counts devices: simulated workers need a number")

@@ -45,7 +45,7 @@ def evaluate(text: str, field: str, **scope: Any) -> Any:
         return _value(ast.parse(text.strip(), mode="eval").body, scope)
     except SyntaxError as error:
         raise ValueError(f"{field} is not an expression: {text!r} ({error.msg})") from error
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, ArithmeticError) as error:
         raise ValueError(f"{field} = {text!r}: {error}") from error
 
 

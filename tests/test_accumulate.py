@@ -62,5 +62,6 @@ def test_equals_the_large_batch_and_moves_bytes_once(name, way):
 
 
 def test_refuses_no_steps():
-    with pytest.raises(ValueError, match="every must be at least 1, got 0"):
-        jaxcomm.accumulate(optax.sgd(0.1), 0, AXIS)
+    for every in (0, 2.5, float("nan")):
+        with pytest.raises(ValueError, match=f"every must be whole and at least 1, got {every}"):
+            jaxcomm.accumulate(optax.sgd(0.1), every, AXIS)

@@ -81,7 +81,16 @@ ERRORS = {
     ),
     "fraction 0": (lambda: jaxcomm.top_k(0.0), r"fraction must be in \(0, 1\], got 0.0"),
     "fraction NaN": (lambda: jaxcomm.rand_k(float("nan")), r"rand_k: fraction must be in \(0, 1\]"),
-    "negative k": (lambda: jaxcomm.block_top_k(k=-1), "k must be at least 1, got -1"),
+    "negative k": (
+        lambda: jaxcomm.block_top_k(k=-1),
+        "k must be a whole number, at least 1, got -1",
+    ),
+    "half a coordinate": (lambda: jaxcomm.top_k(k=2.5), "k must be a whole number.*got 2.5"),
+    "half a rank": (lambda: jaxcomm.power_sgd(1.5, AXIS), "rank must be a whole number.*got 1.5"),
+    "no quantizer": (
+        lambda: jaxcomm.compose(jaxcomm.top_k(0.1), 4),
+        "compose: quantizer must be a dense compressor, got 4",
+    ),
     "fraction and k": (lambda: jaxcomm.top_k(0.1, k=3), "exactly one of fraction and k"),
     # confused arguments
     "arguments swapped": (
@@ -95,6 +104,16 @@ ERRORS = {
     "a number for a compressor": (
         lambda: jaxcomm.compressed_average(0.01, AXIS),
         "compressed_average: compressor must be.*got 0.01",
+    ),
+    "a number for a downlink": (
+        lambda: jaxcomm.ef21(jaxcomm.top_k(0.1), AXIS, downlink=0.1),
+        "ef21: downlink: compressor must be.*got 0.1",
+    ),
+    "no transform": (lambda: start(MEAN.init), "tx must be an Optax transform, got"),
+    "a transform not called": (lambda: start(jaxcomm.ef21), "tx must be an Optax transform, got"),
+    "schedule for a rule": (
+        lambda: start(optax.sgd(0.1), sync=jaxcomm.every(3)),
+        "sync must be a sync rule such as local_sgd.*got",
     ),
     "unknown exchange": (
         lambda: jaxcomm.error_feedback(jaxcomm.sign(), AXIS, exchange="star"),
@@ -207,6 +226,11 @@ COMMANDS = {
         "/no/such/file.txt",
     ),
     "no config file": (["--config=configs/nothing.py"], "No such file.*configs/nothing.py"),
+    "config argument": (
+        ["--config=configs/digits_ef21.py:smok"],
+        "flag --config=configs/digits_ef21.py:smok: the only config argument is 'smoke', got",
+    ),
+    "type": (["--config.steps=abc"], "flag --config.steps=abc: invalid literal"),
     "ratio": (["--config.tx=ef21(top_k(1.5), axis_name)"], "config.tx = .*top_k: fraction must be"),
     "axis": (
         ["--config.tx=optax.chain(average('nodes'), optax.sgd(0.1))"],
@@ -285,6 +309,10 @@ FIELDS = {
     "arbitrary code": ({"tx": "__import__('os').system('true')"}, "there is no '__import__'"),
     "a private name": ({"tx": "optax._src"}, "not allowed in a config expression"),
     "not an expression": ({"tx": "optax.chain("}, "config.tx is not an expression"),
+    "no transform": ({"tx": "top_k(0.1)"}, r"config.tx must be an Optax transform, got 'top_k\(0"),
+    "a number for a rule": ({"sync": "3"}, "config.sync must be a sync rule or empty, got '3'"),
+    "arithmetic": ({"tx": "1/0"}, "config.tx = '1/0': division by zero"),
+    "negative workers": ({"workers": -4}, "config.workers must not be negative, got -4"),
     "no rule": ({"sync": "local_sgd(axis_name, 0)"}, "config.sync = .*at least one step"),
 }
 
@@ -299,6 +327,12 @@ def test_a_config_that_cannot_be_is_refused(name, tmp_path):
         train_and_evaluate(config, str(tmp_path))
     assert sentence(error.value) == str(error.value)  # as the command line shows it
     assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_a_damaged_summary_is_named(tmp_path):
+    (tmp_path / "summary.json").write_text('{"steps": 20, "sy')
+    with pytest.raises(ValueError, match=r"summary.json is damaged .*: remove it to go on"):
+        train_and_evaluate(digits_ef21.get_config("smoke"), str(tmp_path))
 
 
 def test_faults_of_the_program_keep_their_traceback():

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import bench, bench_wire, bench_wire_report, netns
+from experiments import bench, bench_codec, bench_wire, bench_wire_report, netns
 from experiments.bench_wire_cases import (
     SENT_BYTES,
     Case,
@@ -46,6 +46,18 @@ def test_a_measurement_is_found_by_its_name(capsys):
         bench.find("speed")
     assert bench.main(["bench", "speed"]) == 2
     assert "got 'speed'" in capsys.readouterr().err
+
+
+def test_help_and_sizes(capsys, monkeypatch):
+    assert bench.main(["bench", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(f"experiments.bench {name} " in text for name in bench.NAMES)
+    monkeypatch.setattr(bench_codec, "run", lambda sizes: print(sizes) or [])
+    bench_codec.main(["1e3", "20"])
+    assert "[1000, 20]" in capsys.readouterr().out
+    for word in ("abc", "0", "inf", "nan"):
+        assert bench.main(["bench", "codec", word]) == 2
+        assert f"a number of elements such as 1e6, got {word!r}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("hosts", [2, pytest.param(4, marks=pytest.mark.slow)])

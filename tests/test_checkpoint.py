@@ -19,7 +19,13 @@ from absl import logging
 from jax.sharding import AxisType, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxcomm.training.checkpoint import Checkpointer, CheckpointError, CorruptCheckpointError
+from jaxcomm.training._checkpoint_files import CheckpointFiles
+from jaxcomm.training.checkpoint import (
+    Checkpointer,
+    CheckpointError,
+    CorruptCheckpointError,
+    StorageError,
+)
 
 ROOT = Path(__file__).parents[1]
 
@@ -259,7 +265,62 @@ def test_a_directory_without_its_marker_is_no_checkpoint(tmp_path):
         assert checkpointer.restore(small(0))[1] == 1
         checkpointer.save(2, small(5), data_state="again")
         assert checkpointer.restore(small(0))[1] == "again"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2-1"]
+        later = ["3", "4.orbax-checkpoint-tmp"]  # perhaps another run's, still at work
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2-1", *later]
+        checkpointer.save(4, small(4), data_state=4)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2-1", "4"]
+
+
+def test_what_others_keep_in_the_directory_stays(tmp_path):
+    for name in ("1", "2"):
+        (tmp_path / name).write_text("a file")
+    (tmp_path / "0").mkdir()
+    (tmp_path / "0" / "mine").write_text("not a checkpoint")
+    with Checkpointer(tmp_path) as checkpointer:
+        assert checkpointer.latest() is None
+        checkpointer.save(2, small(2), data_state=2)
+        assert checkpointer.restore(small(0))[1] == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1", "2", "2-1"]
+
+
+def test_a_save_of_another_run_is_not_pruned(tmp_path, monkeypatch):
+    """Complete right after this one has looked which are."""
+    saved(tmp_path, 1)
+    files, list_ = CheckpointFiles(tmp_path), CheckpointFiles._dirs
+
+    def then_saved(self):
+        found = list_(self)
+        monkeypatch.undo()
+        saved(tmp_path, 2)
+        return found
+
+    monkeypatch.setattr(CheckpointFiles, "_dirs", then_saved)
+    files.prune(1)
+    assert list(files.found()) == [1, 2]
+    files.prune(1)
+    assert list(files.found()) == [2]
+
+
+@pytest.mark.parametrize("step", [np.int64(3), jnp.int32(3)])
+def test_a_step_is_a_whole_number(tmp_path, step):
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(step, small(3), data_state=None)
+        checkpointer.restore(small(0), step=step)
+        assert checkpointer.steps() == [3]
+        for wrong in (5.0, -1, True, "3"):
+            message = f"step must be a whole number of at least 0, got {wrong!r}"
+            with pytest.raises(ValueError, match=message):
+                checkpointer.save(wrong, small(3), data_state=None)
+            with pytest.raises(ValueError, match=message):
+                checkpointer.restore(small(0), step=wrong)
+
+
+def test_a_directory_that_has_gone(tmp_path):
+    with Checkpointer(tmp_path / "c") as checkpointer:
+        (tmp_path / "c").rmdir()
+        for call in (checkpointer.latest, checkpointer.steps, lambda: checkpointer.restore({})):
+            with pytest.raises(StorageError, match=r"could not be read: .*No such file"):
+                call()
 
 
 # Damaged files.

@@ -128,6 +128,8 @@ def test_set_refuses_what_is_no_field():
     config = compare.load_config("configs/digits_dense.py")[1]
     with pytest.raises(ValueError, match="got 'stepz=7'"):
         compare.set_fields(config, ["stepz=7"])
+    with pytest.raises(ValueError, match=r"--set=steps=abc: .*'steps'"):
+        compare.set_fields(config, ["steps=abc"])
 
 
 RULES = ("dense", "constant", "linear", "quadratic", "cubic", "post_local")

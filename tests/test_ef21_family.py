@@ -162,6 +162,12 @@ def test_weights_change_nothing_for_top_k():
     np.testing.assert_allclose(tracks[0][1], tracks[1][1], atol=1e-5)
 
 
+@pytest.mark.parametrize("ell", [[-1.0, 1.0], [0.0, 1.0], []])
+def test_weights_of_constants_that_are_not_positive_are_refused(ell):
+    with pytest.raises(ValueError, match="smoothness constants must be positive"):
+        jaxcomm.ef21_weights(ell)
+
+
 def test_heavy_ball_is_a_trace_behind_it():
     """EF21-HB: v <- eta v + g, x <- x - gamma v."""
     data, _ = quadratics(5, 4, 10, np.ones(4))

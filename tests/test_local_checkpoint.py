@@ -1,5 +1,7 @@
 """Checkpoints on every host's own disk, in two real processes: whose rows, which step, what if."""
 
+import shutil
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -74,6 +76,28 @@ def test_one_process(tmp_path):
     assert (position, extra) == ({"index": 7}, None)
     for path in ("own/process-0/5", "shared/5"):
         assert (tmp_path / path / "jaxcomm.json").exists()
+
+
+def test_a_run_that_goes_back_to_the_shared_path_saves_again(tmp_path, caplog):
+    """Killed before the shared save of step 10 was whole; the local ones are damaged."""
+    state, like = {"w": jnp.arange(3.0)}, {"w": jnp.zeros(3)}
+
+    def both():
+        return LocalCheckpointer(tmp_path / "own", Checkpointer(tmp_path / "shared"))
+
+    with both() as checkpointer:
+        for step in (5, 10):
+            checkpointer.save(step, state, data_state=step)
+    (tmp_path / "shared/10/jaxcomm.json").unlink()
+    for step in (5, 10):
+        (tmp_path / f"own/process-0/{step}/state.msgpack").write_bytes(b"")
+    with both() as checkpointer:
+        assert checkpointer.restore(like)[1] == 5
+        assert checkpointer.save(6, state, data_state=6)
+        checkpointer.wait()
+        assert checkpointer.latest() == 6
+        shutil.rmtree(tmp_path / "own")  # a disk that was replaced
+        assert checkpointer.restore(like)[1] == 6
 
 
 def test_unknown_writers_are_refused(tmp_path):

@@ -41,6 +41,7 @@ def report(*collectives, choices=(), workers=N, elements=1000):
         ("fast", None, None),
         ("1gbit@soon", None, None),
         ("0mbit", None, None),
+        (None, None, None),
     ],
 )
 def test_links_are_written_as_tc_writes_them(text, bandwidth, latency):
@@ -223,6 +224,49 @@ def test_methods_that_always_or_never_pay():
         advise({}, ONE_GBIT)
 
 
+def test_the_dense_method_averages_over_all_axes():
+    """Also where no collective of the method, such as a sum of metrics, names them all."""
+    step = report(
+        collective("all-reduce", 1000, axes=("fast",), workers=2),
+        collective("all-reduce", 1000, ("0", 1), axes=("slow", "fast"), workers=8),
+        collective("all-gather", 10, ("0", 1), axes=("slow",), workers=4),
+        choices=("0",),
+        workers=8,
+    )
+    links = {"fast": Link(1e11), "slow": Link(1e6)}
+    two_axes = report(*(step.collectives[i] for i in (0, 2)), workers=8)
+    for found in (step, two_axes, report(workers=8)):  # the last one names no axis at all
+        predicted = advise(found, links).predictions["dense"]
+        assert predicted.bytes_per_step == found.dense_equivalent_bytes == 2 * 7 / 8 * 4000
+        assert predicted.step_seconds == pytest.approx(8 * 7000 / 1e6)
+
+
+def test_a_link_may_be_its_bandwidth():
+    step = report(collective("all-gather", 10_000), elements=10**6)
+    assert predict(step, "1gbit@50us") == predict(step, ONE_GBIT)
+    assert advise(step, "1gbit@50us") == advise(step, ONE_GBIT)
+
+
+SMALL = report(collective("all-gather", 10, axes=("w",)))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: advise(SMALL, {"w": ONE_GBIT}, vary="zz"), r"one of \['w'\], got 'zz'"),
+        (lambda: advise(SMALL, Link(math.inf), codec_seconds=1.0), "must be finite, got inf"),
+        (lambda: advise(SMALL, 10), "a link is a bandwidth such as 100mbit.*got 10"),
+        (lambda: predict(SMALL, None), "a link is a bandwidth such as 100mbit.*got None"),
+        (lambda: predict(SMALL, ONE_GBIT, compute_seconds=math.nan), "compute_seconds.*got nan"),
+        (lambda: predict(SMALL, ONE_GBIT, branches={(): math.nan}), "must sum to 1"),
+        (lambda: jaxcomm.pace(10), "a link is a bandwidth such as 100mbit.*got 10"),
+    ],
+)
+def test_what_is_no_link_and_no_time_is_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
 def test_only_the_slow_axis_is_in_question():
     step = report(
         collective("all-to-all", 10**6, axes=("fast",), workers=2),
@@ -265,6 +309,13 @@ def test_bytes_are_counted_for_workers_without_devices():
         == found.by("kind")["metrics"]
     )
     assert [c.exchange for c in found.collectives][1:] == ["gather", "gather"]
+
+
+def test_rows_that_the_workers_do_not_divide_are_refused():
+    step = made_step(optax.chain(jaxcomm.average(AXIS), optax.sgd(0.1)))
+    state = step.abstract_state(jnp.zeros(3), jax.random.key(0))
+    with pytest.raises(ValueError, match="has 9 rows, which 4 workers do not divide"):
+        jaxcomm.traffic(step, state, {"x": jax.ShapeDtypeStruct((9,), jnp.float32)})
 
 
 @pytest.mark.parametrize("place", ["init", "update"])

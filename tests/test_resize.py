@@ -15,7 +15,11 @@ import jaxcomm
 from configs import digits_dense
 from experiments.tasks import make_task
 from experiments.train import train_and_evaluate
+from jaxcomm.training import resize
 from jaxcomm.training.checkpoint import Checkpointer, CheckpointError
+from jaxcomm.training.local_checkpoint import LocalCheckpointer
+from jaxcomm.training.loop import train_loop
+from jaxcomm.training.metrics import MetricsLogger
 from jaxcomm.training.step import TrainStep
 from jaxcomm.training.workers import Place
 
@@ -274,6 +278,95 @@ def test_two_axes():
         jaxcomm.resize_workers(state, (2, 3, 1))
 
 
+def test_an_exchange_that_stays_with_two_phases_is_cut_anew(tmp_path):
+    """One worker would need no second memory, both of these do."""
+    params, data = {"w": jnp.zeros(300_001)}, jnp.zeros((ROWS, 1))
+    tx = optax.chain(jaxcomm.error_feedback(SIGN, AXIS, exchange="auto"), optax.sgd(0.1))
+    loss = lambda x, data, key: jnp.sum(x["w"] ** 2) + jnp.sum(data)
+    make = lambda n: jaxcomm.make_train_step(loss, tx, axis_name=AXIS, simulate=n)
+    step, six = make(8), make(6)
+    state = filled(step, params)
+    new = jaxcomm.resize_workers(state, 6)
+    check_rules(state, new, step.places)
+    six.trace(new, data)
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, state, data_state=None)
+        found = checkpointer.restore(six.init(params, KEY), resize=True)[0]
+    assert same(host(found), host(new))
+
+
+def test_a_state_that_cannot_be_resized_on_restore_is_a_checkpoint_error(tmp_path, monkeypatch):
+    state, like = filled(make("two_phase", 4)), make("two_phase", 2).init(tree(), KEY)
+    monkeypatch.setattr(resize, "chunk_size", lambda size, count: size)
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, state, data_state=None)
+        with pytest.raises(CheckpointError, match="for which there is no rule"):
+            checkpointer.restore(like, resize=True)
+
+
+FAST_SLOW = ("fast", "slow")
+
+
+def on_two_axes(sizes, exchange=None, average="fast"):
+    """Dense along one axis, compressed along the other."""
+    exchange = exchange or jaxcomm.error_feedback(SIGN, "slow", exchange="two_phase")
+    tx = optax.chain(jaxcomm.average(average), exchange, optax.sgd(0.02))
+    return jaxcomm.make_train_step(loss_fn, tx, axis_name=FAST_SLOW, simulate=sizes)
+
+
+@pytest.mark.parametrize(("sizes", "axis"), [((3, 2), 0), ((3, 2), 1), ((1, 3), 1)])
+def test_chunks_along_one_of_two_axes(sizes, axis):
+    """Cut anew along it, the same along the other one; (2, 2) could be either."""
+    along, other = FAST_SLOW[axis], FAST_SLOW[1 - axis]
+    exchange = jaxcomm.error_feedback(SIGN, along, exchange="two_phase")
+    step = on_two_axes((2, 2), exchange, other)
+    state, size = filled(step), sum(x.size for x in jax.tree.leaves(tree()))
+    vector = np.arange(1, size + 1, dtype=np.float32)
+    wide = lambda memory, sizes: np.moveaxis(memory.reshape(*sizes, -1), axis, -2)
+    memory = np.pad(vector, (0, -size % 2)).reshape(2, -1)
+    memory = np.moveaxis(np.stack([memory, memory]), -2, axis).reshape(4, -1)
+    feedback = state.opt_state[1]._replace(server_error=jnp.asarray(memory))
+    state = state._replace(opt_state=(state.opt_state[0], feedback, *state.opt_state[2:]))
+    new = jaxcomm.resize_workers(state, sizes)
+    for row in wide(np.asarray(new.opt_state[1].server_error), sizes):
+        np.testing.assert_array_equal(row.reshape(-1)[:size], vector)
+        assert not row.reshape(-1)[size:].any()
+    on_two_axes(sizes, exchange, other).trace(new, batch(0, ROWS))
+
+
+def test_rows_along_one_of_two_axes():
+    plus = jaxcomm.ef21_plus(TOP, "slow")
+    state = filled(on_two_axes((2, 4), plus))
+    new = jaxcomm.resize_workers(state, (2, 3))
+    rows, mean = new.opt_state[1].everyone, np.asarray(state.opt_state[1].everyone).mean(0)
+    assert rows.shape[0] == 3
+    np.testing.assert_allclose(rows, np.stack([mean] * 3), atol=1e-6)
+    on_two_axes((2, 3), plus).trace(new, batch(0, ROWS))
+
+
+def test_as_many_workers_along_other_axes(tmp_path):
+    """Taken as it is, the memories of workers that step alike would not be alike."""
+    feedback = jaxcomm.error_feedback(TOP, "slow")
+    here, there = on_two_axes((2, 4), feedback), on_two_axes((4, 2), feedback)
+    state, data = filled(here), batch(0, ROWS)
+    refusal = r"of \(2, 4\) workers, this step has \(4, 2\).*resize_workers\(state, \(4, 2\)\)"
+    with pytest.raises(ValueError, match=refusal):
+        there.trace(state, data)
+    there.trace(jaxcomm.resize_workers(state, (4, 2)), data)
+    like = there.abstract_state(tree(), KEY)
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, state, data_state=None)
+        with pytest.raises(CheckpointError, match=r"sizes \(2, 4\), .*\(4, 2\): .*resize=True"):
+            checkpointer.restore(like)
+        found = checkpointer.restore(like, resize=True)[0]
+    assert same(host(found), host(jaxcomm.resize_workers(state, (4, 2))))
+    with LocalCheckpointer(tmp_path / "local", None) as checkpointer:
+        checkpointer.save(1, state, data_state=None)
+        checkpointer.wait()
+        with pytest.raises(CheckpointError, match="no local checkpoint is whole"):
+            checkpointer.restore(like)
+
+
 def test_eight_simulated_workers_become_four_devices_by_a_checkpoint(tmp_path):
     eight, four = make("two_phase_diloco", 8), make("two_phase_diloco", 4, mesh=mesh(4))
     state = eight.init(tree(jnp.bfloat16), KEY)
@@ -349,6 +442,37 @@ def test_the_position_in_the_data_is_that_of_the_global_batch():
     assert same(next(alone), together)
 
 
+class Rows:
+    """`batch(0)`, `batch(1)`, ..."""
+
+    i = -1
+
+    def __next__(self):
+        self.i += 1
+        return batch(self.i, ROWS)
+
+    def get_state(self):
+        return self.i
+
+    def set_state(self, state):
+        self.i = state
+
+
+def test_each_step_counts_the_dense_bytes_of_its_workers(tmp_path):
+    """Three steps of 4 workers, then two of 2; a last part that takes no step changes nothing."""
+    found = []
+    for n, steps in ((4, 3), (2, 5), (2, 5)):
+        step = make("average", n)
+        with (
+            Checkpointer(tmp_path / "checkpoints", workers=n) as checkpointer,
+            MetricsLogger(tmp_path, total_steps=steps) as logger,
+        ):
+            state, options = step.init(tree(), KEY), {"logger": logger, "resize": True}
+            run = train_loop(step, state, Rows(), steps=steps, checkpointer=checkpointer, **options)
+        found.append(run.dense_bytes)
+    assert found == [3 * 1.5 * 96, 3 * 1.5 * 96 + 2 * 96, 3 * 1.5 * 96 + 2 * 96]
+
+
 @pytest.mark.slow
 def test_the_binary_goes_on_with_other_workers_and_the_next_samples(tmp_path, monkeypatch):
     """Dense averaging does not depend on their number: the same batches, and the same losses."""
@@ -373,4 +497,5 @@ def test_the_binary_goes_on_with_other_workers_and_the_next_samples(tmp_path, mo
     assert seen == batches[5:]
     assert len((tmp_path / "whole/metrics.jsonl").read_text().splitlines()) == len(rows) == 10
     assert parts["workers"] == 2
+    assert parts["dense_bytes"] == whole["dense_bytes"] * 5 / 6  # 1.5 and 1 times the parameters
     np.testing.assert_allclose(parts["validation_loss"], whole["validation_loss"], rtol=1e-4)

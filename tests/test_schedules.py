@@ -98,6 +98,14 @@ def test_other_schedules():
     assert meetings(rule, 20) == [3, 6, 7, 20]
 
 
+def test_whole_numbers_of_any_type_and_the_longest_rounds():
+    assert jaxcomm.sync_steps(jaxcomm.every(4.0), 10.0) == [4, 8, 10]
+    assert jaxcomm.sync_steps(jaxcomm.every(jnp.int32(4)), np.int64(10)) == [4, 8, 10]
+    longest = jaxcomm.post_local(3, 2**31 - 1)
+    assert jaxcomm.sync_steps(longest, 20) == [1, 2, 3, 20]  # 3 + H is no int32
+    assert meetings(jaxcomm.local_sgd("w", longest), 20) == [1, 2, 3]
+
+
 def test_a_training_that_goes_on_beyond_its_end_follows_the_schedule():
     rule = jaxcomm.local_sgd("w", 4, total_steps=6)
     assert meetings(rule, 15) == [4, 6, 10, 14]
@@ -111,7 +119,16 @@ def test_a_training_that_goes_on_beyond_its_end_follows_the_schedule():
         (lambda: jaxcomm.swap(-1), "got -1"),
         (lambda: jaxcomm.local_sgd("w", 0), "every=0"),
         (lambda: jaxcomm.local_sgd("w", 4, total_steps=0), "total_steps must be at least 1, got 0"),
-        (lambda: jaxcomm.qsr(0.1, 0.2, 0), "h_base must be at least 1, got 0"),
+        (lambda: jaxcomm.qsr(0.1, 0.2, 0), "h_base must be whole and at least 1, got 0"),
+        (lambda: jaxcomm.qsr(0.1, 0.2, 2.5), "h_base must be whole and at least 1, got 2.5"),
+        (lambda: jaxcomm.qsr(0.1, float("nan"), 1), "coefficient must not be negative, got nan"),
+        (lambda: jaxcomm.every(2.5), "every: a round needs a whole number.*h=2.5"),
+        (lambda: jaxcomm.every(float("nan")), "h=nan"),
+        (lambda: jaxcomm.every(float("inf")), "h=inf"),
+        (lambda: jaxcomm.post_local(3, 2.5), "needs whole h >= 1 and start >= 0, got h=2.5"),
+        (lambda: jaxcomm.swap(2.5), "start must be whole and not negative, got 2.5"),
+        (lambda: jaxcomm.sync_steps(3, 2.5), "sync_steps: n must be whole.*got 2.5"),
+        (lambda: jaxcomm.sync_steps(3, -1), "sync_steps: n must be whole.*got -1"),
         (lambda: jaxcomm.qsr(0.1, -0.2, 1), "must not be negative, got -0.2"),
         (lambda: jaxcomm.qsr(0.0, 0.2, 1), "one endless round"),
         (lambda: jaxcomm.qsr(optax.linear_schedule(0.0, 1.0, 5), 0.2, 1), "set warmup_steps"),

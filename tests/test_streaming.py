@@ -167,6 +167,16 @@ def test_streaming_follows_its_equations(every, delay, mixing, total):
         assert (seen[:, -1] == seen[:1, -1]).all()
 
 
+@pytest.mark.parametrize("delay", [0, 2])
+def test_a_training_that_goes_on_beyond_its_end_keeps_delivering(delay):
+    q, loss, x0 = tree_problem()
+    rule = jaxcomm.streaming_diloco(AXIS, 5, 1, delay=delay, mixing=0.0, total_steps=6)
+    _, seen = run(rule, optax.sgd(0.1), loss, q.data, x0, 14)
+    seen = np.concatenate(seen, -1)
+    equal = [t + 1 for t in range(14) if (seen[:, t] == seen[:1, t]).all()]
+    assert equal == ([5, 6, 11] if delay == 0 else [6, 13])
+
+
 def test_every_parameter_meets_exactly_once_in_a_round():
     q, loss, x0 = tree_problem(5)
     for pattern in ("strided", "sequential", "balanced"):

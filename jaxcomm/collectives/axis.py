@@ -12,9 +12,10 @@ from jax import lax
 from jax._src import core as _core  # no public way to list the bound axes or the current trace
 from jax._src.interpreters.batching import BatchTracer
 from jax.extend.core import Primitive
-from jax.interpreters import mlir
+from jax.interpreters import ad, mlir
 
 AxisName = str | tuple[str, ...]
+MISMATCH = "manual axis types do not match"  # in JAX's TypeError: some values vary, others do not
 
 
 def bound() -> tuple[str, ...]:
@@ -80,18 +81,30 @@ def varying(tree, axis_name: AxisName):
     return jax.tree.map(cast, tree)
 
 
-_equal = Primitive("jaxcomm_equal")
-mlir.register_lowering(_equal, lambda _, x, names: [x])
+_equal, _different = Primitive("jaxcomm_equal"), Primitive("jaxcomm_different")
+for _primitive, _other in (_equal, _different), (_different, _equal):
+    mlir.register_lowering(_primitive, lambda _, x, names: [x])
+    ad.deflinear(_primitive, lambda ct, names, other=_other: [other.bind(ct, names=names)])
 
 
-@_equal.def_abstract_eval
-def _equal_type(x, names):
-    return x.update(manual_axis_type=x.mat.update(varying=x.mat.varying.difference(names)))
+_equal.def_abstract_eval(lambda x, names: _typed(x, x.mat.varying.difference(names)))
+_different.def_abstract_eval(lambda x, names: _typed(x, x.mat.varying.union(names)))
 
 
-def equal(x: jax.Array, axis_name: AxisName) -> jax.Array:
-    """The same value, typed as equal along the axis, to which the caller has seen."""
-    return _equal.bind(x, names=axes(axis_name))
+def _typed(x, names):
+    """The type with these varying axes; that of a constant may not know the mesh."""
+    sharding = x.sharding.update(mesh=jax.sharding.get_abstract_mesh())
+    return x.update(sharding=sharding, manual_axis_type=x.mat.update(varying=names))
+
+
+def equal(tree, axis_name: AxisName):
+    """The same values, typed as equal along the axis, to which the caller has seen."""
+    return jax.tree.map(lambda x: _equal.bind(x, names=axes(axis_name)), tree)
+
+
+def different(tree, axis_name: AxisName):
+    """`equal` undone. Unlike that of `varying`, its gradient is not summed over the axis."""
+    return jax.tree.map(lambda x: _different.bind(x, names=axes(axis_name)), tree)
 
 
 def match_varying(tree, types):

@@ -29,10 +29,10 @@ def every(h: int) -> Schedule:
     """Rounds of h local steps.
 
     Raises:
-      ValueError: h < 1.
+      ValueError: h < 1, or not whole.
     """
-    if h < 1:
-        raise ValueError(f"every: a round needs at least one step, got h={h}")
+    if not _whole(h, 1):
+        raise ValueError(f"every: a round needs a whole number, at least one step, got h={h}")
     return lambda step: jnp.full(jnp.shape(step), h, jnp.int32)
 
 
@@ -53,13 +53,14 @@ def power_rule(
       warmup_steps: before this step the rate at this step counts.
 
     Raises:
-      ValueError: h_base < 1, coefficient < 0, or a zero rate at the first step that counts.
+      ValueError: h_base < 1 or not whole, coefficient < 0, or a zero rate at the first step that
+        counts.
     """
-    if h_base < 1:
-        raise ValueError(f"power_rule: h_base must be at least 1, got {h_base}")
-    if coefficient < 0:
+    if not _whole(h_base, 1):
+        raise ValueError(f"power_rule: h_base must be whole and at least 1, got {h_base}")
+    if not coefficient >= 0:  # nor nan
         raise ValueError(f"power_rule: the coefficient must not be negative, got {coefficient}")
-    if warmup_steps < 0:
+    if not warmup_steps >= 0:
         raise ValueError(f"power_rule: warmup_steps must not be negative, got {warmup_steps}")
     rate = learning_rate if callable(learning_rate) else lambda step: learning_rate
     if not float(rate(warmup_steps)) > 0:
@@ -99,10 +100,10 @@ def post_local(start: int, h: int) -> Schedule:
     """Post-local SGD: meets every step before `start`, then every h steps.
 
     Raises:
-      ValueError: h < 1 or start < 0.
+      ValueError: h < 1 or start < 0, or not whole.
     """
-    if h < 1 or start < 0:
-        raise ValueError(f"post_local: needs h >= 1 and start >= 0, got {h=}, {start=}")
+    if not (_whole(h, 1) and _whole(start, 0)):
+        raise ValueError(f"post_local: needs whole h >= 1 and start >= 0, got {h=}, {start=}")
     return lambda step: jnp.where(step < start, 1, h).astype(jnp.int32)
 
 
@@ -116,10 +117,10 @@ def swap(start: int, before: Schedule | int = 1) -> Schedule:
       before: schedule, or number of steps, of the rounds up to there.
 
     Raises:
-      ValueError: start < 0, or rounds of less than one step.
+      ValueError: start < 0 or not whole, or rounds of less than one step.
     """
-    if start < 0:
-        raise ValueError(f"swap: start must not be negative, got {start}")
+    if not _whole(start, 0):
+        raise ValueError(f"swap: start must be whole and not negative, got {start}")
     rounds = as_schedule(before, "swap")
 
     def schedule(step):
@@ -127,6 +128,11 @@ def swap(start: int, before: Schedule | int = 1) -> Schedule:
         return jnp.where(step < start, length, _LONGEST).astype(jnp.int32)
 
     return schedule
+
+
+def _whole(value, least: int) -> bool:
+    """Whether it is a whole number of steps (4.0 is, nan is not) and not below `least`."""
+    return bool(value >= least and value % 1 == 0)
 
 
 def as_schedule(value: Schedule | int, where: str) -> Schedule:
@@ -153,7 +159,7 @@ def round_end(schedule: Schedule, step: jax.Array, total_steps: int | None = Non
 
     With `total_steps` no round crosses it; a training that goes on beyond follows the schedule.
     """
-    end = step + jnp.maximum(jnp.asarray(schedule(step), jnp.int32), 1)
+    end = step + jnp.clip(jnp.asarray(schedule(step), jnp.int32), 1, _LONGEST)  # int32 holds it
     if total_steps is None:
         return end
     return jnp.where(step < total_steps, jnp.minimum(end, total_steps), end)
@@ -170,14 +176,18 @@ def sync_steps(schedule: Schedule | int, n: int) -> list[int]:
 
     Runs on the host; entry i is the number of local steps done at meeting i.
 
+    Raises:
+      ValueError: n < 0 or not whole.
+
     Example:
       >>> import jaxcomm
       >>> jaxcomm.sync_steps(jaxcomm.post_local(start=3, h=4), 9)
       [1, 2, 3, 7, 9]
     """
-    ends = jax.vmap(
-        functools.partial(round_end, as_schedule(schedule, "sync_steps"), total_steps=n)
-    )
+    if not _whole(n, 0):
+        raise ValueError(f"sync_steps: n must be whole and not negative, got {n}")
+    n, schedule = int(n), as_schedule(schedule, "sync_steps")
+    ends = jax.vmap(functools.partial(round_end, schedule, total_steps=n))
     table = np.asarray(jax.jit(ends)(jnp.arange(n, dtype=jnp.int32)))
     steps, t = [], 0
     while t < n:

@@ -86,7 +86,7 @@ def streaming(
     def clock(state, step):
         due = step >= state.next_sync
         pending = jnp.where(due, step + delay, state.pending)
-        pending = pending if total_steps is None else jnp.minimum(pending, total_steps)
+        pending = _not_beyond(total_steps, pending, step - 1)
         next_sync = jnp.where(due, state.next_sync + every, state.next_sync)
         new = state._replace(
             next_sync=_not_beyond(total_steps, next_sync, step),
@@ -173,7 +173,7 @@ def _deliver(share) -> Callable:
 
 
 def _not_beyond(total_steps: int | None, next_sync, step):
-    """Launches that would come after the end of training come at the end."""
+    """What would come after the end of training comes at the end; beyond it nothing changes."""
     if total_steps is None:
         return next_sync
     return jnp.where(step < total_steps, jnp.minimum(next_sync, total_steps), next_sync)

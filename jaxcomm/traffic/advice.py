@@ -13,7 +13,7 @@ import math
 from collections.abc import Mapping
 
 from jaxcomm.traffic.ledger import Traffic
-from jaxcomm.traffic.link import Link, Links
+from jaxcomm.traffic.link import Link, Links, as_links
 from jaxcomm.traffic.prediction import Branches, Prediction, predict
 
 WITHOUT = "dense"  # the name of the method without compression
@@ -59,7 +59,7 @@ class Advice:
 
 def advise(
     methods: Traffic | Method | Mapping[str, Traffic | Method],
-    link: Links,
+    link: Links | str,
     *,
     compute_seconds: float = 0.0,
     codec_seconds: float = 0.0,
@@ -70,7 +70,7 @@ def advise(
     Args:
       methods: one method, or several by name. The dense mean of all parameters in every step is
         added as 'dense' unless a method of that name is there.
-      link: the link, or one for each axis.
+      link: the link, or its bandwidth as `Link.parse` reads it; or one for each axis.
       compute_seconds: a step's computation, the same for all.
       codec_seconds: of methods given as a bare Traffic.
       vary: with a link for each axis, the axis whose bandwidth is in question; default: the
@@ -80,7 +80,7 @@ def advise(
       An Advice; bandwidths in it are those of the one link, or of the axis `vary`.
 
     Raises:
-      ValueError: no method, or as `predict`.
+      ValueError: no method, no link for `vary`, an infinite bandwidth, or as `predict`.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, jaxcomm
@@ -97,6 +97,8 @@ def advise(
         methods = {"method": methods}
     if not methods:
         raise ValueError("advise: at least one method is needed, got none")
+    link = as_links(link)
+    _check_bandwidth(link, vary)
     as_method = lambda m: m if isinstance(m, Method) else Method(m, codec_seconds)
     every = {name: as_method(m) for name, m in methods.items()}
     if WITHOUT not in every:
@@ -137,6 +139,13 @@ def _varied(link: Links, vary: str | None) -> str:
     """The axis whose bandwidth is in question."""
     assert not isinstance(link, Link)
     return vary or min(link, key=lambda name: link[name].bandwidth)
+
+
+def _check_bandwidth(link: Links, vary: str | None) -> None:
+    if not isinstance(link, Link) and vary not in (None, *link):
+        raise ValueError(f"advise: vary must be one of {sorted(link)}, got {vary!r}")
+    if math.isinf(_bandwidth(link, vary)):
+        raise ValueError("advise: the bandwidth in question must be finite, got inf")
 
 
 def _bandwidth(link: Links, vary: str | None) -> float:

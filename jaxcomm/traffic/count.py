@@ -48,7 +48,8 @@ def traffic(step, state, batch) -> Traffic:
       leaves dense.
 
     Raises:
-      ValueError: the program has a collective whose bytes are not known here.
+      ValueError: rows that the workers do not divide, or a collective whose bytes are not known
+        here.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, jaxcomm
@@ -60,6 +61,7 @@ def traffic(step, state, batch) -> Traffic:
       >>> report.by("part")  # 3 others are sent 100 bytes of signs and a scale
       {'metrics': 12.0, 'values': 300.0, 'scale': 12.0}
     """
+    step.workers.check_batch(batch)
     params = jax.eval_shape(step.consensus, jax.tree.map(_shape, state))
     with record_left_dense() as left_dense:  # by an init_fn or an update_fn
         step.abstract_state(params, _shape(state.key))
@@ -111,6 +113,15 @@ def sub_programs(eqn) -> Iterator[tuple[tuple, object]]:
             inner = getattr(item, "jaxpr", item)
             if hasattr(inner, "eqns"):
                 yield (), inner
+
+
+def mentions(jaxpr, names: tuple[str, ...]) -> bool:
+    """Whether the program communicates along one of the axes, or asks for the worker's index."""
+    return any(
+        set(named_axes(eqn)) & set(names)
+        or any(mentions(inner, names) for _, inner in sub_programs(eqn))
+        for eqn in jaxpr.eqns
+    )
 
 
 def named_axes(eqn) -> tuple[str, ...]:

@@ -137,7 +137,7 @@ class Traffic(NamedTuple):
 
     def without_compression(self) -> "Traffic":
         """The dense method: all parameters averaged in float32 in every step."""
-        axes = max((c.axes for c in self.collectives), key=len, default=("workers",))
+        axes = tuple(dict.fromkeys(name for c in self.collectives for name in c.axes))
         shape, n = (self.elements,), self.workers
         dense = Collective("all-reduce", axes, n, "float32", shape, "values", 1, ())
         metrics = tuple(c for c in self.every_step if c.kind == METRICS)

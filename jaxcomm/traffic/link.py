@@ -68,7 +68,7 @@ class Link:
           >>> Link.parse("100mbit@50us")
           Link(bandwidth=100000000.0, latency=5e-05, share=1, overhead=1.0, burst=0.0)
         """
-        rate, _, delay = text.strip().partition("@")
+        rate, _, delay = text.strip().partition("@") if isinstance(text, str) else ("", "", "")
         match = _BANDWIDTH.fullmatch(rate.strip())
         if not match:
             raise ValueError(
@@ -99,6 +99,15 @@ class Link:
 Links = Link | Mapping[str, Link]
 
 
+def as_links(link: Links | str) -> Links:
+    """The links themselves, or the one that a text describes.
+
+    Raises:
+      ValueError: not a bandwidth.
+    """
+    return link if isinstance(link, (Link, Mapping)) else Link.parse(link)
+
+
 def parse_seconds(text: str) -> float:
     """Seconds of '50us', '1.5ms', '2s'.
 
@@ -112,7 +121,7 @@ def parse_seconds(text: str) -> float:
 
 
 def links_of(links: Links, axes: tuple[str, ...]) -> list[Link]:
-    """The links that a collective over these axes uses.
+    """The links that a collective over these axes uses; over no axis by name, all of them.
 
     Raises:
       ValueError: an axis without a link.
@@ -122,4 +131,4 @@ def links_of(links: Links, axes: tuple[str, ...]) -> list[Link]:
     for name in axes:
         if name not in links:
             raise ValueError(f"no link is given for axis {name!r}, only for {sorted(links)}")
-    return [links[name] for name in axes]
+    return [links[name] for name in axes or links]

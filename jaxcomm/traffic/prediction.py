@@ -24,7 +24,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from jaxcomm.traffic.ledger import Collective, Traffic, extreme
-from jaxcomm.traffic.link import Links, links_of
+from jaxcomm.traffic.link import Links, as_links, links_of
 
 HOPS = {
     "all-reduce": lambda n: 2 * (n - 1),
@@ -117,7 +117,7 @@ class Prediction:
 
 def predict(
     traffic: Traffic,
-    link: Links,
+    link: Links | str,
     *,
     compute_seconds: float = 0.0,
     codec_seconds: float = 0.0,
@@ -130,7 +130,8 @@ def predict(
 
     Args:
       traffic: what the step sends.
-      link: the link between workers, or one for each axis: `{"chips": fast, "hosts": slow}`.
+      link: the link between workers, or its bandwidth as `Link.parse` reads it; or one for each
+        axis: `{"chips": fast, "hosts": slow}`.
       compute_seconds: a step's computation without the method (gradient and optimizer).
       codec_seconds: what encoding and decoding add, a step.
       host_seconds: what communication takes, a step, where bandwidth does not matter: a step on
@@ -146,7 +147,8 @@ def predict(
       A Prediction.
 
     Raises:
-      ValueError: an axis without a link, negative seconds, or shares that are not in [0, 1].
+      ValueError: an axis without a link, not a link, negative seconds, or shares that are not in
+        [0, 1].
 
     Example:
       >>> import jaxcomm
@@ -161,8 +163,9 @@ def predict(
         "host_seconds": host_seconds,
     }
     for name, value in seconds.items():
-        if value < 0:
+        if not value >= 0:  # nor nan
             raise ValueError(f"predict: {name} must not be negative, got {value}")
+    link = as_links(link)
     shares = _shares(traffic, link, rounds_per_step, branches)
     timed = (_timed(c, link, share) for c, share in zip(traffic.collectives, shares))
     return Prediction(tuple(timed), **seconds, background=background)
@@ -181,7 +184,8 @@ def _timed(c: Collective, link: Links, share: float = 1.0) -> Timed:
 def _shares(traffic, link, rounds_per_step, branches) -> list[float]:
     """Of each collective: the share of the steps that run it."""
     if branches is not None:
-        if any(v < 0 for v in branches.values()) or abs(sum(branches.values()) - 1) > 1e-6:
+        shares = branches.values()
+        if not (all(v >= 0 for v in shares) and abs(sum(shares) - 1) <= 1e-6):
             raise ValueError(f"predict: the shares of branches must sum to 1, got {branches}")
         runs = [({id(c) for c in traffic.during(b)}, share) for b, share in branches.items()]
     else:

@@ -1,7 +1,13 @@
 """The step, the loop, checkpoints, metrics."""
 
-from jaxcomm.training.checkpoint import Checkpointer, CheckpointError
+from jaxcomm.training.checkpoint import (
+    Checkpointer,
+    CheckpointError,
+    CorruptCheckpointError,
+    StorageError,
+)
 from jaxcomm.training.consistency import DivergenceError, ReplicaCheck
+from jaxcomm.training.local_checkpoint import LocalCheckpointer
 from jaxcomm.training.loop import train_loop
 from jaxcomm.training.make import make_train_step
 from jaxcomm.training.memory import keep_memory
@@ -16,10 +22,13 @@ from jaxcomm.training.stragglers import find_hung, find_slow, localise, robust_s
 __all__ = [
     "CheckpointError",
     "Checkpointer",
+    "CorruptCheckpointError",
     "DivergenceError",
+    "LocalCheckpointer",
     "MetricsLogger",
     "PipelinedMean",
     "ReplicaCheck",
+    "StorageError",
     "StragglerMonitor",
     "TrainState",
     "TrainStep",

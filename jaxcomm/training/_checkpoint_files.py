@@ -18,6 +18,8 @@ from absl import logging
 from jaxcomm.training._storage import crc32
 
 MARKER = "jaxcomm.json"
+OWN_FILE = "state.msgpack"
+_WRITTEN = (OWN_FILE, "_CHECKPOINT_METADATA")  # one of them is in every directory that was written
 
 
 class CheckpointFiles:
@@ -32,7 +34,7 @@ class CheckpointFiles:
 
     def free_name(self, step: int) -> str:
         """A directory name for a new checkpoint of this step."""
-        attempts = [attempt for s, attempt, _ in self._dirs() if s == step]
+        attempts = [attempt for s, attempt, _ in self._numbered() if s == step]
         return f"{step}-{max(attempts) + 1}" if attempts else str(step)
 
     def set_aside(self, restored: int | None) -> None:
@@ -44,19 +46,39 @@ class CheckpointFiles:
                 path.rename(aside)
 
     def prune(self, keep: int) -> None:
-        """Deletes all but the latest checkpoints, and what interrupted saves left behind."""
-        kept = list(self.found().values())[-keep:]
-        for _, _, path in self._dirs():
-            if path not in kept:
+        """Deletes all but the latest checkpoints, and what interrupted saves left behind.
+
+        Nothing of a later step: another run may be writing it.
+        """
+        dirs = self._dirs()
+        complete = [(step, path) for step, _, path in dirs if (path / MARKER).exists()]
+        kept = list(dict(complete).items())[-keep:]
+        if not kept:
+            return
+        newest = kept[-1][0]
+        for step, _, path in dirs:
+            whole = (step, path) in complete
+            if step <= newest and (step, path) not in kept and (whole or _is_ours(path)):
                 (path / MARKER).unlink(missing_ok=True)  # first: no half-deleted checkpoint
                 shutil.rmtree(path, ignore_errors=True)
         for path in self._dir.glob("*.orbax-checkpoint-tmp*"):
-            shutil.rmtree(path, ignore_errors=True)
+            number = re.match(r"\d+", path.name)
+            if number is None or int(number[0]) <= newest:
+                shutil.rmtree(path, ignore_errors=True)
 
     def _dirs(self) -> list[tuple[int, int, Path]]:
         """(step, attempt, path) of all that may be a checkpoint."""
+        return [entry for entry in self._numbered() if entry[2].is_dir()]
+
+    def _numbered(self) -> list[tuple[int, int, Path]]:
+        """(step, attempt, path) of all that is named like a checkpoint, files too."""
         matches = [(re.fullmatch(r"(\d+)(?:-(\d+))?", p.name), p) for p in self._dir.iterdir()]
         return sorted((int(m[1]), int(m[2] or 0), path) for m, path in matches if m)
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a directory without a marker is of a save: empty, or with what all of them write."""
+    return any((path / name).exists() for name in _WRITTEN) or not any(path.glob("*"))
 
 
 def write_marker(path: Path, meta: dict[str, Any]) -> None:

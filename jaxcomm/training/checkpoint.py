@@ -10,10 +10,12 @@ a damaged file is found before anything of it is used.
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import functools
 import importlib.metadata
 import json
 import logging as std_logging
+import operator
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -27,11 +29,11 @@ from flax import serialization
 from orbax.checkpoint import v1 as ocp
 
 from jaxcomm.training import _storage
-from jaxcomm.training._checkpoint_files import CheckpointFiles, read_marker, write_marker
+from jaxcomm.training._checkpoint_files import OWN_FILE, CheckpointFiles, read_marker, write_marker
 from jaxcomm.training.resize import layout_of, resized, with_workers
+from jaxcomm.training.workers import Place
 
 _FORMAT = 1
-OWN_FILE = "state.msgpack"
 WRITERS = ("all", "first", "own")
 
 
@@ -128,7 +130,7 @@ class Checkpointer:
         """Starts saving and returns once the arrays may be donated or changed.
 
         Args:
-          step: the step after which this is the state.
+          step: the step after which this is the state, at least 0.
           state: any pytree of arrays (typed keys, bfloat16, 4-bit and empty leaves included).
             Leaves that live on one process only are taken from process 0.
           data_state: position in the data, JSON values or bytes; each process's own is kept.
@@ -139,9 +141,11 @@ class Checkpointer:
           False if there is a checkpoint of this step already and ``force`` is not set.
 
         Raises:
+          ValueError: `step` is no whole number of at least 0.
           StorageError: this or the previous save failed.
           CheckpointError: there is a later checkpoint that this run did not start from.
         """
+        step = _whole(step)
         self.wait()
         if self._writers == "first":
             state = _storage.gathered(state)
@@ -164,6 +168,7 @@ class Checkpointer:
             "jaxcomm": _version(),
             "step": step,
             "workers": _count(state, self._workers),
+            "axes": axis_sizes(state),
             "config": self._config,
             "data_state": [position for _, position in rows],
             "extra": json.loads(_storage.dumps(extra)),
@@ -197,11 +202,13 @@ class Checkpointer:
           ``(state, data_state, extra)``; tuples in the last two come back as lists.
 
         Raises:
+          ValueError: `step` is no whole number of at least 0.
           CheckpointError: there is none, or it is of another configuration, number of workers or
             tree.
-          StorageError: it could not be read.
+          StorageError: it, or the directory, could not be read.
           CorruptCheckpointError: its files (without ``step``: those of all) are damaged.
         """
+        step = None if step is None else _whole(step)
         self.wait()
         found = self._agreed()
         if not found:
@@ -225,7 +232,7 @@ class Checkpointer:
         raise CorruptCheckpointError(f"every checkpoint in {self._dir} is corrupt: steps {held}")
 
     def steps(self) -> list[int]:
-        """The steps of the complete checkpoints, ascending."""
+        """The steps of the complete checkpoints, ascending; StorageError if they cannot be read."""
         return list(self._agreed())
 
     def latest(self) -> int | None:
@@ -298,17 +305,25 @@ class Checkpointer:
 
     def _agreed(self) -> dict[int, str]:
         """Directory names of the complete checkpoints by step, as process 0 sees them."""
-        names = [(step, path.name) for step, path in self._files.found().items()]
-        return dict(self._from_all(names)[0])
+        names, problem = [], None
+        try:
+            names = [(step, path.name) for step, path in self._files.found().items()]
+        except OSError as error:
+            problem = f"the checkpoints in {self._dir} could not be read: {_line(error)}"
+        names, problem = self._from_all([names, problem])[0]
+        if problem:
+            raise StorageError(problem)
+        return dict(names)
 
     def _read(self, step: int, path: Path, state_like: Any, resize: bool) -> tuple[Any, Any, Any]:
         where = f"checkpoint of step {step} in {self._dir}"
         meta, problem = read_marker(path, shared=self._writers != "own")
         if problem := next(filter(None, self._from_all(problem)), None):
             raise CorruptCheckpointError(f"{where} is corrupt: {problem}")
-        written = _as_written(state_like, meta["workers"]) if resize else state_like
+        written = _as_written(state_like, meta) if resize else state_like
         flat = _storage.flatten(written)
-        if problem := self._mismatch(meta, flat, resize):
+        problem = self._mismatch(meta, flat, resize)
+        if problem := problem or other_axes(meta.get("axes"), written):
             raise CheckpointError(f"{where} {problem}")
         how = _storage.abstract if self._writers == "all" else _storage.on_host
         abstract = {key: how(leaf) for key, leaf in flat.items() if _stored(leaf)}
@@ -394,13 +409,36 @@ class _Quiet(std_logging.Filter):
         return "/orbax/checkpoint/" not in Path(record.pathname).as_posix() or logging.level_debug()
 
 
-def _as_written(state_like: Any, workers: int | None) -> Any:
+def axis_sizes(state: Any) -> list[int] | None:
+    """Of how many workers a state is along each axis, if it says so."""
+    whose = getattr(getattr(state, "layout", None), "workers", None)
+    return None if whose is None else list(whose.sizes)
+
+
+def _as_written(state_like: Any, meta: dict[str, Any]) -> Any:
     """The abstract state of the workers that wrote a checkpoint; `state_like` of as many."""
     try:
-        same = workers in (None, layout_of(state_like).workers.count)
-        return state_like if same else with_workers(state_like, workers)
+        ours, n = layout_of(state_like).workers, meta["workers"]
+        axes = meta.get("axes")  # older checkpoints have the number only
+        if axes is not None and len(axes) == len(ours.sizes):
+            n = tuple(axes)
+        same = n in (None, ours.count, ours.sizes)
+        return state_like if same else with_workers(state_like, n)
     except ValueError as error:
         raise CheckpointError(str(error)) from error
+
+
+def other_axes(theirs: list[int] | None, state: Any) -> str | None:
+    """What forbids using the state of as many workers with other axis sizes, as half a sentence."""
+    ours = axis_sizes(state)
+    if not theirs or not ours or theirs == ours or len(theirs) != len(ours):
+        return None
+    if Place.PER_WORKER not in jax.tree.leaves(state.layout.places):
+        return None
+    return (
+        f"was written by workers of axis sizes {tuple(theirs)}, this run has {tuple(ours)}: "
+        "restore it with resize=True (--config.resize)"
+    )
 
 
 def _resized(values: dict[str, Any], written: Any, state_like: Any) -> Any:
@@ -410,7 +448,11 @@ def _resized(values: dict[str, Any], written: Any, state_like: Any) -> Any:
         for key, leaf in _storage.flatten(written).items()
     }
     stored = jax.tree.unflatten(jax.tree.structure(written), list(read.values()))
-    return jax.tree.map(_storage.unpack, resized(stored, written, state_like), state_like)
+    try:
+        new = resized(stored, written, state_like)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+    return jax.tree.map(_storage.unpack, new, state_like)
 
 
 def _stored(leaf: Any) -> bool:
@@ -436,6 +478,17 @@ def _version() -> str:
         return importlib.metadata.version("jaxcomm")
     except importlib.metadata.PackageNotFoundError:
         return "unknown"
+
+
+def _whole(step: Any) -> int:
+    """A step as an int."""
+    number = -1
+    if not isinstance(step, bool):
+        with contextlib.suppress(TypeError):
+            number = operator.index(step)
+    if number < 0:
+        raise ValueError(f"step must be a whole number of at least 0, got {step!r}")
+    return number
 
 
 def _line(error: Exception) -> str:

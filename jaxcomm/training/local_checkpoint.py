@@ -15,7 +15,13 @@ import numpy as np
 from absl import logging
 
 from jaxcomm.training import _storage
-from jaxcomm.training.checkpoint import Checkpointer, CheckpointError
+from jaxcomm.training.checkpoint import (
+    Checkpointer,
+    CheckpointError,
+    StorageError,
+    axis_sizes,
+    other_axes,
+)
 
 
 class LocalCheckpointer:
@@ -43,7 +49,7 @@ class LocalCheckpointer:
         """Like `Checkpointer.save`."""
         flat = {path: _storage.pack(leaf) for path, leaf in _storage.flatten(state).items()}
         mine = {path: _storage.own_rows(leaf) for path, leaf in flat.items()}
-        noted = {"extra": extra, "shapes": _shapes(state)}
+        noted = {"extra": extra, "shapes": _shapes(state), "axes": axis_sizes(state)}
         saved = self._own.save(step, mine, data_state=data_state, extra=noted, force=force)
         if self._shared is not None:
             self._shared.save(step, state, data_state=data_state, extra=extra, force=force)
@@ -66,7 +72,9 @@ class LocalCheckpointer:
             logging.warning("local checkpoint of step %d is not used: %s", step, problems[0])
         if self._shared is None:
             raise CheckpointError("no local checkpoint is whole on all processes")
-        return self._shared.restore(state_like, resize=resize)
+        result = self._shared.restore(state_like, resize=resize)
+        self._own._restored = self._shared._restored  # later local steps are not this run's past
+        return result
 
     def latest(self) -> int | None:
         """The newest step that all processes, or the shared path, have."""
@@ -98,7 +106,12 @@ class LocalCheckpointer:
 
     def _common(self) -> set[int]:
         """The steps that every process has."""
-        return set.intersection(*map(set, _storage.from_all(self._own.steps())))
+        try:
+            mine = self._own.steps()
+        except StorageError as error:  # a disk that was replaced: the others must hear of it
+            logging.warning("%s", error)
+            mine = []
+        return set.intersection(*map(set, _storage.from_all(mine)))
 
     def _read(self, state_like: Any, step: int) -> tuple[Any, str | None]:
         """This process's part of a step, or what is wrong with it."""
@@ -110,6 +123,8 @@ class LocalCheckpointer:
             return None, str(error)
         if noted["shapes"] != _shapes(state_like):
             return None, "it is of another number of workers"
+        if problem := other_axes(noted.get("axes"), state_like):
+            return None, f"it {problem}"
         leaves = [_placed(mine[path], leaf) for path, leaf in flat.items()]
         state = jax.tree.unflatten(jax.tree.structure(state_like), leaves)
         return (state, position, noted["extra"]), None

@@ -29,7 +29,8 @@ def make_train_step(
 
     Args:
       loss_fn: `loss_fn(params, batch, key)` of one worker; returns a scalar, or `(scalar, aux)`
-        with aux a dict of scalars (or an array or tree, reported as metrics['aux']).
+        with aux a dict of scalars (or an array or tree, reported as metrics['aux']); the names
+        'loss', 'skipped' and 'branches' are the step's own.
       tx: Optax chain with a jaxcomm transform in it, or any Optax optimizer with `sync`.
       axis_name: name of the worker axis (or a tuple of names).
       sync: when and how replicas meet; None for methods that exchange gradients.
@@ -50,6 +51,7 @@ def make_train_step(
       ValueError: contradictory modes, an axis that the mesh does not have, or a background for
         a rule without one or for simulated workers that exchange gradients; later, from `init`: a
         tx that never communicates, without a sync rule.
+      TypeError: tx is no transform, or sync no rule.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, jaxcomm
@@ -61,6 +63,12 @@ def make_train_step(
       >>> float(metrics["loss"])
       1.0
     """
+    if not (hasattr(tx, "init") and hasattr(tx, "update")):
+        raise TypeError(f"make_train_step: tx must be an Optax transform, got {tx!r}")
+    if sync is not None and not isinstance(sync, SyncRule):
+        raise TypeError(
+            f"make_train_step: sync must be a sync rule such as local_sgd(axis, 8), got {sync!r}"
+        )
     workers = Workers(axis_name, mesh, simulate, pmap)
     if sync is None:
         kind = OverlappedStep if background else JoinedStep if workers.on_hosts else TrainStep

@@ -37,7 +37,7 @@ def pace(link: Link | str | None) -> int:
       >>> jaxcomm.pace("100mbit")  # a process on its own
       0
     """
-    link = Link.parse(link) if isinstance(link, str) else link
+    link = link if link is None or isinstance(link, Link) else Link.parse(link)
     rate = UNLIMITED if link is None else max(1, int(link.bandwidth / 8))
     count = 0
     for descriptor in descriptors():

@@ -26,7 +26,6 @@ OWN_CONDITIONAL = (
     "optax.apply_if_finite do, which workers may not take together: give it only what stands "
     "before or after the jaxcomm transform"
 )
-_MISMATCH = "manual axis types do not match"  # in JAX's TypeError
 
 
 @jax.tree_util.register_static
@@ -116,7 +115,7 @@ def _trace_step(step: Callable, workers: Workers, state, places):
         try:
             return places, trace(places)
         except TypeError as error:
-            if _MISMATCH not in str(error):
+            if axis.MISMATCH not in str(error):
                 raise
             problem = error
         places = next((wider for wider in _wider(places) if _helps(trace, wider, problem)), None)
@@ -137,7 +136,7 @@ def _wider(places) -> Iterator:
     """The places with one more part of an optimizer's state per-worker, small parts first."""
     for field in ("opt_state", "sync_state"):
         leaves, treedef = jax.tree.flatten(getattr(places, field))
-        parts = set(_parts(getattr(places, field), 0))
+        parts = {*_parts(getattr(places, field), 0), (0, len(leaves))} if leaves else ()
         for start, stop in sorted(parts, key=lambda part: (part[1] - part[0], part)):
             marked = [Place.PER_WORKER] * (stop - start)
             wider = treedef.unflatten(leaves[:start] + marked + leaves[stop:])

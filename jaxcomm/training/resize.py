@@ -5,7 +5,9 @@ of the step that made the state (`TrainState.layout`): its `init` is traced abst
 and for one worker. The arrays themselves are changed on the host.
 """
 
+import functools
 import math
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +58,8 @@ def resize_workers(state, n: int | tuple[int, ...]):
     Args:
       state: a TrainState from a step, its `init`, or `Checkpointer.restore`. It stays as it is.
         With several processes all call this.
-      n: number of workers, at least 1; for a tuple of axes a tuple of sizes, or the total.
+      n: number of workers, at least 1; for a tuple of axes a tuple of sizes, or the total if all
+        that is communicated goes along all of them.
 
     Returns:
       A TrainState of host-made arrays; the first step places them. The same number gives the state
@@ -122,43 +125,67 @@ def resized(stored, old, new):
     before, after = layout_of(old), layout_of(new)
     if jax.tree.structure(old) != jax.tree.structure(before.places):
         raise ValueError("the state is not that of its step: its tree differs, so it cannot resize")
-    alone = Workers(before.workers.axis_name, simulate=(1,) * len(before.workers.names))
-    flat = _storage.flatten
-    shapes, leaves, one = flat(old), flat(stored), flat(before.view(old, alone))
+    flat, name, sizes = _storage.flatten, before.workers.axis_name, before.workers.sizes
+    view = functools.cache(lambda n: flat(before.view(old, Workers(name, simulate=n))))
+    shapes, leaves, one = flat(old), flat(stored), view((1,) * len(sizes))
     places, kept = flat(after.places), flat(before.places)
-    counts = before.workers.count, after.workers.count
+    along = lambda path: _axes_of(path, view, sizes, after.workers.sizes)
+    for path, x in leaves.items():
+        if path.endswith(CHUNKS) and kept[path] is Place.PER_WORKER and x.ndim > 1:
+            leaves[path] = _joined(x, sizes, along(path))
     result = []
     for path, spec in flat(new).items():
-        if path not in kept and path.endswith(CHUNKS):  # exchange='auto' now needs one
+        chunks = path.endswith(CHUNKS)  # which exchange='auto' has for some numbers of workers
+        if path not in kept and chunks:
             result.append(np.zeros(spec.shape, np.float32))
             continue
-        if path not in kept or path not in one:
+        if path not in kept or (path not in one and not chunks):
             raise ValueError(f"resize_workers: not every number of workers has state leaf {path}")
         views = [x.shape[places[path] is Place.PER_WORKER :] for x in (shapes[path], spec)]
-        result.append(_leaf(path, leaves[path], places[path], (one[path].shape, *views), *counts))
-    return _refined(stored, jax.tree.unflatten(jax.tree.structure(new), result))
+        views = [one[path].shape if path in one else None, *views]
+        leaf = leaves[path], places[path], views
+        result.append(_leaf(path, *leaf, sizes, after.workers.sizes, along(path)))
+    joined = jax.tree.unflatten(jax.tree.structure(stored), list(leaves.values()))
+    return _refined(joined, jax.tree.unflatten(jax.tree.structure(new), result))
 
 
-def _leaf(path: str, x: np.ndarray, place: Place, shapes, old: int, new: int) -> np.ndarray:
-    """One leaf by the table; `shapes` are those of a worker's view with 1, old and new workers."""
-    one, here, there = shapes
+def _leaf(path: str, x: np.ndarray, place: Place, shapes, old, new, along) -> np.ndarray:
+    """One leaf by the table, of chunks their vector, for axes of sizes `new` instead of `old`.
+
+    `shapes` are those of the view of one worker (None without it), an old one and a new one; what
+    is shared out is so along the axes `along`.
+    """
+    (one, here, there), count = shapes, math.prod(new)
+    parts = [math.prod(sizes[i] for i in along) for sizes in (old, new)]
     if place is Place.REPLICATED:
         if here == there:
             return x
-        if here == (old, *here[1:]) and there == (new, *here[1:]):
-            return _everyone(x, new)
-    elif path.endswith(CHUNKS) or one != here or here != there:
-        sizes = [chunk_size(one[0], count) for count in (old, new)] if one else []
-        if sizes and [here, there] == [(size, *one[1:]) for size in sizes]:
-            return _cut_anew(x, new, there)
+        if [here, there] == [(part, *here[1:]) for part in parts]:
+            return _everyone(x, parts[1])
+    elif path.endswith(CHUNKS):
+        chunks = [(chunk_size(one[0], part), *one[1:]) for part in parts] if one else None
+        if one is None or [here, there] == chunks:
+            return _cut_anew(x, new, along, there)
+    elif one != here or here != there:
+        pass
     elif path == ".skipped":
-        return _spread(int(x.sum()), new, x.dtype)
+        return _spread(int(x.sum()), count, x.dtype)
     else:
-        return _everyone(x, new)
+        return _everyone(x, count)
     raise ValueError(
-        f"resize_workers: state leaf {path} has shape {list(here)} with {old} workers and "
-        f"{list(there)} with {new}, for which there is no rule"
+        f"resize_workers: state leaf {path} has shape {list(here)} with {math.prod(old)} workers "
+        f"and {list(there)} with {count}, for which there is no rule"
     )
+
+
+def _axes_of(path: str, view: Callable, old: tuple, new: tuple) -> Sequence[int]:
+    """The axes along which a leaf is shared out: its shape depends on their sizes."""
+    ones, many = (1,) * len(old), max(2, math.prod(old), math.prod(new))
+    if len(old) == 1:
+        return (0,)
+    shape = lambda sizes: view(sizes)[path].shape if path in view(sizes) else None
+    sizes = [(*ones[:i], many, *ones[i + 1 :]) for i in range(len(old))]
+    return [i for i in range(len(old)) if shape(sizes[i]) != shape(ones)] or range(len(old))
 
 
 def _everyone(rows: np.ndarray, n: int) -> np.ndarray:
@@ -170,13 +197,23 @@ def _everyone(rows: np.ndarray, n: int) -> np.ndarray:
     return np.broadcast_to(row, (n, *rows.shape[1:]))
 
 
-def _cut_anew(rows: np.ndarray, n: int, shape: tuple[int, ...]) -> np.ndarray:
-    """Chunks of one vector, joined and cut into n; what is beyond its end is zero."""
-    joined = rows.reshape(-1, *rows.shape[2:])
-    result = np.zeros((n * shape[0], *shape[1:]), rows.dtype)
-    held = min(len(joined), len(result))
-    result[:held] = joined[:held]
-    return result.reshape(n, *shape)
+def _joined(rows: np.ndarray, sizes: tuple[int, ...], along: Sequence[int]) -> np.ndarray:
+    """The vector whose chunks lie along these axes; its mean over the others."""
+    last = range(len(sizes) - len(along), len(sizes))
+    grid = np.moveaxis(rows.reshape(*sizes, *rows.shape[1:]), along, last)
+    parts = math.prod(sizes[i] for i in along)
+    shape = len(rows) // parts, parts * rows.shape[1], *rows.shape[2:]
+    return _everyone(grid.reshape(shape), 1)[0]
+
+
+def _cut_anew(vector: np.ndarray, sizes, along, shape: tuple[int, ...]) -> np.ndarray:
+    """The vector cut into chunks along these axes, the same ones along the others."""
+    parts = [size if i in along else 1 for i, size in enumerate(sizes)]
+    cut = np.zeros((math.prod(parts) * shape[0], *shape[1:]), vector.dtype)  # beyond its end: zero
+    held = min(len(vector), len(cut))
+    cut[:held] = vector[:held]
+    every = np.broadcast_to(cut.reshape(*parts, *shape), (*sizes, *shape))
+    return every.reshape(math.prod(sizes), *shape)
 
 
 def _spread(total: int, n: int, dtype) -> np.ndarray:
@@ -185,7 +222,10 @@ def _spread(total: int, n: int, dtype) -> np.ndarray:
 
 
 def _refined(old, new):
-    """Where the definition of a method asks for more than a leaf by itself can tell."""
+    """Where the definition of a method asks for more than a leaf by itself can tell.
+
+    In `old` second error memories are joined.
+    """
     methods = (EF21State, ErrorFeedbackState)
     is_method = lambda node: isinstance(node, methods)
     befores = iter([x for x in jax.tree.leaves(old, is_leaf=is_method) if is_method(x)])
@@ -198,7 +238,7 @@ def _refined(old, new):
             wide = lambda mean, local: np.broadcast_to(mean, local.shape)
             return node._replace(local=jax.tree.map(wide, node.mean, node.local))
         if before.server_error is not None and node.server_error is None:
-            return node._replace(error=_taken_in(node.error, before.server_error.reshape(-1)))
+            return node._replace(error=_taken_in(node.error, before.server_error))
         return node
 
     return jax.tree.map(refine, new, is_leaf=is_method)

@@ -28,6 +28,7 @@ from jaxcomm.sync._rule import SyncRule
 from jaxcomm.traffic.count import count
 from jaxcomm.traffic.ledger import METRICS, UNMETERED
 from jaxcomm.training import _storage
+from jaxcomm.training._loss import differentiate
 from jaxcomm.training.placement import OWN_CONDITIONAL, Layout, check_same, infer_places
 from jaxcomm.training.workers import Place, Workers
 
@@ -82,12 +83,13 @@ class TrainStep:
         key = jax.random.fold_in(state.key, state.step)
         key = jax.random.fold_in(key, axis.index(self.workers.axis_name))
         view = axis.varying(state.params, self.workers.axis_name)
-        loss_fn = lambda params: _with_aux(self._loss_fn(params, batch, key))
-        (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(view)
-        metrics = {"loss": loss.astype(jnp.float32), **metrics}
+        (loss, metrics), grads, obj_fn = differentiate(
+            self._loss_fn, view, batch, key, self.workers.axis_name
+        )
+        metrics = {**metrics, "loss": loss.astype(jnp.float32)}
         choices = Choices()
         with record_choices(choices):
-            state, metrics = self._apply(state, grads, metrics, lambda params: loss_fn(params)[0])
+            state, metrics = self._apply(state, grads, metrics, obj_fn)
         self.choice_names = tuple(choices.names)
         branches = jnp.stack(choices.taken) if choices.taken else jnp.zeros((0,), jnp.int32)
         return state, metrics, branches
@@ -170,8 +172,7 @@ class TrainStep:
         if not apart:
             return
         collectives = self._collectives(one_step, places, places, state)
-        if any(name.startswith(UNMETERED) for c in collectives for name, _ in c.when):
-            raise ValueError(OWN_CONDITIONAL)
+        _check_conditionals(collectives)
         if all(c.part == METRICS for c in collectives):
             raise ValueError(
                 "tx does not communicate, so that the replicas would drift apart: put "
@@ -283,9 +284,14 @@ class TrainStep:
         layout = state.layout
         if layout is None or layout.workers is None:
             return state._replace(layout=self.layout)
-        if (there := layout.workers.count) == (here := self.workers.count):
+        there, here = layout.workers.sizes, self.workers.sizes
+        as_many = layout.workers.count == self.workers.count
+        if there == here or (as_many and len(there) != len(here)):
             return state
-        if not self._fits(state):
+        # right after a resize, perhaps by a total, all are alike but for what has its shape
+        apart = as_many and layout.placed
+        if not self._fits(state) or (apart and Place.PER_WORKER in jax.tree.leaves(self.places)):
+            there, here = (n[0] if len(n) == 1 else n for n in (there, here))
             raise ValueError(
                 f"the state is of {there} workers, this step has {here}: give it "
                 f"resize_workers(state, {here})"
@@ -352,6 +358,7 @@ class TrainStep:
             return ()
 
         found = self._collectives(update, self.places, (), jax.tree.map(_abstract, state))
+        _check_conditionals(found)
         return tuple(name for name in self.workers.names if any(name in c.axes for c in found))
 
     def _collectives(self, fn: Callable, places, out_places, state):
@@ -385,13 +392,10 @@ class TrainStep:
         return False
 
 
-def _with_aux(out):
-    """(loss, dict of metrics) of whatever the loss function returned."""
-    loss, aux = out if isinstance(out, tuple) else (out, {})
-    if jnp.shape(loss) != ():
-        raise ValueError(f"loss_fn must return a scalar loss, got shape {jnp.shape(loss)}")
-    aux = aux if isinstance(aux, dict) else {"aux": aux}
-    return loss, jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), aux)
+def _check_conditionals(collectives) -> None:
+    """Raises a ValueError if somebody else's transform decides about one of them."""
+    if any(name.startswith(UNMETERED) for c in collectives for name, _ in c.when):
+        raise ValueError(OWN_CONDITIONAL)
 
 
 def apart(state: TrainState) -> tuple[Any, TrainState]:
@@ -451,4 +455,5 @@ def _visible_mean(x):
 
 
 def _visible_sum(x):
-    return x if jnp.ndim(x) == 0 else jnp.sum(_local(x))
+    """A copy, where it is the state's own array, which the next step is given."""
+    return jnp.copy(x) if jnp.ndim(x) == 0 else jnp.sum(_local(x))

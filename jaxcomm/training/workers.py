@@ -57,7 +57,7 @@ class Workers:
             "simulate" if simulate is not None else "pmap" if pmap is not None else "devices"
         )
         if self.mode == "devices":
-            self.mesh = mesh if mesh is not None else _default_mesh(self.names)
+            self.mesh = _automatic(mesh) if mesh is not None else _default_mesh(self.names)
             for name in self.names:
                 if name not in self.mesh.axis_names:
                     raise ValueError(
@@ -209,6 +209,12 @@ class Workers:
             x if place is Place.REPLICATED else x.reshape(self.count, *x.shape[skip:])
         )
         return _map_places(join, out_places, out)
+
+
+def _automatic(mesh: Mesh) -> Mesh:
+    """The mesh with axes of the kind that infers shardings; `jax.make_mesh` gives explicit ones."""
+    kinds = (AxisType.Auto,) * len(mesh.axis_names)
+    return Mesh(mesh.devices, mesh.axis_names, axis_types=kinds)
 
 
 def _default_mesh(names: tuple[str, ...]) -> Mesh:

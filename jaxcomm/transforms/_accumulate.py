@@ -39,15 +39,15 @@ def accumulate(
       An Optax transform whose updates are zero, and which sends nothing, on the other calls.
 
     Raises:
-      ValueError: every < 1.
+      ValueError: every < 1, or not whole.
 
     Example:
       >>> import jaxcomm, optax
       >>> chain = optax.chain(jaxcomm.average("workers"), optax.sgd(0.1))
       >>> tx = jaxcomm.accumulate(chain, 4, axis_name="workers")
     """
-    if every < 1:
-        raise ValueError(f"accumulate: every must be at least 1, got {every}")
+    if not (every >= 1 and every % 1 == 0):
+        raise ValueError(f"accumulate: every must be whole and at least 1, got {every}")
     tx = optax.with_extra_args_support(tx)
 
     def init_fn(params):

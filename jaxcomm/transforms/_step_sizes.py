@@ -173,7 +173,12 @@ def ef21_rare_features_step_size(
 
 
 def ef21_weights(worker_smoothness: Sequence[float]) -> np.ndarray:
-    """EF21-W's weights w_i = L_i / sum_j L_j, float32, for `ef21(..., weight=)`."""
+    """EF21-W's weights w_i = L_i / sum_j L_j, float32, for `ef21(..., weight=)`.
+
+    Raises:
+      ValueError: constants that are not positive.
+    """
+    _mean(1.0, worker_smoothness, "am")
     values = np.asarray(worker_smoothness, np.float64)
     return (values / values.sum()).astype(np.float32)
 
