@@ -16,6 +16,7 @@ snapshot_every
              with continue: steps between two copies of the state to host memory
 stuck_seconds, standstill_seconds
              a process without a sign of life, or a job without a step, for so long ends; 0: never
+             (with continue the others leave such a process, after 11 s at the earliest)
 monitor      at every line of metrics of several processes, who is slower than the others: '' nobody
              looks; processor compares the time of a small fixed program; step that of a process's
              part of the step without communication (compiled once more, and run three times a line)

@@ -16,7 +16,7 @@ user's mistake (code 2). With `--fewer_hosts=M` a rank that was the first to fai
 in a row is a host that is gone, and the next attempt has one host less, down to M. JAXCOMM_ATTEMPT
 tells a process which attempt it is part of, from 0. With `--losses=K` up to K processes other than
 rank 0 may fail while the others go on, if the program can (config.on_failure=continue), but for a
-mistake of the user.
+mistake of the user; who still runs --grace seconds after rank 0 has ended well has failed as well.
 
 The exit code is 0, or that of the rank that failed (128 + the number of the signal that killed it),
 124 after a time-out, 130 after Ctrl-C, 2 if the job could not be started.
@@ -200,7 +200,9 @@ def first_failed(outcome: processes.Outcome) -> processes.Ended | None:
 def starts_again(outcome: processes.Outcome, left: int) -> bool:
     """Whether a job that ended like this is started again, with so many restarts left."""
     failed = first_failed(outcome)
-    return left > 0 and failed is not None and failed.exit_code != MISTAKE
+    if outcome.final or failed is None:
+        return False
+    return left > 0 and failed.exit_code != MISTAKE
 
 
 def hosts_left(job: Job, failures: list[processes.Outcome]) -> int:

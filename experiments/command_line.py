@@ -17,9 +17,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
-from absl import app
+from absl import app, flags
 
 from experiments.processes import MISTAKE, UNSAVED
+from jaxcomm.training.checkpoint import StorageError
 from jaxcomm.training.distributed import client, rank
 from jaxcomm.training.memory import keep_memory
 
@@ -35,7 +36,7 @@ def run(main: Callable[[list[str]], None]) -> None:
     """`absl.app.run(main)` with errors in one sentence, in a process that keeps its memory."""
     keep_memory()
     try:
-        app.run(main)
+        app.run(main, flags_parser=parse_flags)
     except (ValueError, OSError, AttributeError) as error:
         text = sentence(error)
         if text is None:
@@ -45,6 +46,19 @@ def run(main: Callable[[list[str]], None]) -> None:
             end_job(text, code)
         _say(text)
         sys.exit(code)
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """What the flags leave of the arguments; a flag that cannot be is a mistake like any other."""
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        first, *others = str(error).strip().splitlines()
+        if others:  # of a config file, which comes with its traceback
+            cause = others[-1].strip().removeprefix("ValueError: ")
+            first = f"{first.removesuffix(': Error whilst parsing config file:')}: {cause}"
+        _say(first)
+        sys.exit(MISTAKE)
 
 
 def end_job(text: str, code: int = MISTAKE) -> None:
@@ -81,7 +95,8 @@ def exit_code(error: Exception) -> int:
       >>> exit_code(OSError(116, "Stale file handle", "a.bin"))
       74
     """
-    return UNSAVED if getattr(error, "errno", None) in _PASSING else MISTAKE
+    passing = isinstance(error, StorageError) or getattr(error, "errno", None) in _PASSING
+    return UNSAVED if passing else MISTAKE
 
 
 def sentence(error: Exception) -> str | None:

@@ -60,6 +60,7 @@ class Outcome:
     exit_code: int
     reason: str | None
     ranks: tuple[Ended, ...]
+    final: bool = False  # a signal to the launcher or a time-out ended it
 
 
 class Events:
@@ -111,7 +112,8 @@ def run(
       grace: seconds between SIGTERM and SIGKILL for those that have to be ended.
       deadline: when the time is up (of `time.monotonic`); default: `timeout` from now.
       losses: how many processes may fail, other than rank 0, while the others go on; but a mistake
-        of the user (code 2) ends all.
+        of the user (code 2) ends all. So many have lost the others, too, if they still run `grace`
+        seconds after rank 0 has ended well.
 
     Returns:
       how the job ended; every process that it started has ended by then.
@@ -119,16 +121,18 @@ def run(
     if deadline is None and timeout is not None:
         deadline = time.monotonic() + timeout
     ranks: list[_Process] = []
-    verdict = (1, "the launcher failed")
+    code, reason, final = 1, "the launcher failed", False
     try:
         for rank, command in enumerate(commands):
             ranks.append(_Process(rank, command, events.put))
-        verdict = _watch(ranks, events, deadline, timeout, losses)
+        code, reason, final = _watch(ranks, events, deadline, timeout, grace, losses)
     finally:
         stopped = {process.rank for process in ranks if process.exit_code is None}
-        _stop(ranks, events, grace)
+        late = _stop(ranks, events, grace)
+    if code and late and not final:
+        code, reason, final = 128 + late, f"got {late.name}, after {reason}", True
     ended = (Ended(p.rank, p.exit_code or 0, p.seconds, p.rank in stopped) for p in ranks)
-    return Outcome(*verdict, tuple(ended))
+    return Outcome(code, reason, tuple(ended), final)
 
 
 class _Process:
@@ -202,29 +206,43 @@ def _watch(
     events: Events,
     deadline: float | None,
     timeout: float | None,
-    losses: int = 0,
-) -> tuple[int, str | None]:
-    """Exit code and reason, once the job is over or has to be ended."""
+    grace: float,
+    losses: int,
+) -> tuple[int, str | None, bool]:
+    """Exit code, reason and `final`, once the job is over or has to be ended."""
     running = {process.rank for process in ranks}
+    over = False  # the job went well, but for those that still run
     while running:
+        if not over and 0 not in running and len(running) <= losses:
+            over, end = True, time.monotonic() + grace
+            deadline = end if deadline is None else min(end, deadline)
         event = events.next(deadline)
+        if event is None and over:
+            print(f"lost {_names(running)}, still running", file=sys.stderr, flush=True)
+            return 0, None, False
         if event is None:
-            return TIMED_OUT, f"timed out after {timeout:g} s; still running: {_names(running)}"
+            left = _names(running)
+            return TIMED_OUT, f"timed out after {timeout:g} s; still running: {left}", True
         if isinstance(event, signal.Signals):
-            return 128 + event, f"got {event.name}; ended {_names(running)}"
+            return 128 + event, f"got {event.name}; ended {_names(running)}", True
         running.remove(event)
         if code := ranks[event].reap():
-            if event != 0 and losses > 0 and running and code != MISTAKE:
+            if event != 0 and losses > 0 and (running or over) and code != MISTAKE:
                 losses -= 1
                 print(f"lost rank {event}, which {describe(code)}", file=sys.stderr, flush=True)
                 continue
             others = f"; ended {_names(running)}" if running else ""
-            return _shell_code(code), f"rank {event} {describe(code)}{others}"
-    return 0, None
+            return _shell_code(code), f"rank {event} {describe(code)}{others}", False
+    return 0, None, False
 
 
-def _stop(ranks: list[_Process], events: Events, grace: float) -> None:
-    """Ends what still runs: politely, after the grace period or a second signal for good."""
+def _stop(ranks: list[_Process], events: Events, grace: float) -> signal.Signals | None:
+    """Ends what still runs: politely, after the grace period or another signal for good.
+
+    Returns:
+      the first signal to the launcher meanwhile.
+    """
+    got = None
     alive = {process.rank: process for process in ranks if process.exit_code is None}
     for process in alive.values():
         process.terminate()
@@ -232,6 +250,7 @@ def _stop(ranks: list[_Process], events: Events, grace: float) -> None:
     while alive:
         event = events.next(deadline)
         if event is None or isinstance(event, signal.Signals):
+            got = got or event
             for process in alive.values():
                 process.kill()
             deadline = None  # nothing survives SIGKILL
@@ -239,6 +258,7 @@ def _stop(ranks: list[_Process], events: Events, grace: float) -> None:
             alive.pop(event).reap()
     for process in ranks:
         process.drain(time.monotonic() + DRAIN_SECONDS)
+    return got
 
 
 def describe(code: int) -> str:

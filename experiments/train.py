@@ -33,6 +33,7 @@ from experiments.expressions import evaluate as expression
 from experiments.processes import UNSAVED
 from experiments.schedules import learning_rate
 from experiments.tasks import Task, make_task
+from jaxcomm.sync import SyncRule
 from jaxcomm.traffic.link import Link
 from jaxcomm.training.checkpoint import Checkpointer, StorageError
 from jaxcomm.training.distributed import initialize
@@ -80,6 +81,10 @@ def make_step(config: Config, loss_fn, devices: list[Any] | None = None) -> Trai
     }
     tx = expression(config.tx, "config.tx", **scope)
     sync = expression(config.sync, "config.sync", **scope) if config.sync else None
+    if not (hasattr(tx, "init") and hasattr(tx, "update")):
+        raise ValueError(f"config.tx must be an Optax transform, got {config.tx!r}")
+    if not isinstance(sync, SyncRule | None):
+        raise ValueError(f"config.sync must be a sync rule or empty, got {config.sync!r}")
     way: dict[str, Any] = {"simulate": config.workers}
     if config.mode != "simulate":
         check_devices(config)
@@ -98,8 +103,8 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any]:
     task = make_task(config)
     elastic = config.on_failure == "continue" and jax.process_count() > 1
     silence = config.stuck_seconds
-    if elastic and silence:  # a death must be known before it is a reason to end
-        silence = max(silence, 3.0 * HEARTBEAT_SECONDS)
+    if elastic and silence:  # by then JAX's service knows that it is dead
+        silence = max(silence, HEARTBEAT_SECONDS + 1.0)
     watchdog = Watchdog(silence, config.standstill_seconds)
     step: Any = (
         _elastic(config, task.loss_fn, watchdog) if elastic else make_step(config, task.loss_fn)
@@ -113,6 +118,7 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any]:
     main = jax.process_index() == 0
     counter = _counter()
     with (
+        _leaving(step),
         _checkpointer(config, workdir, elastic) as checkpointer,
         MetricsLogger(workdir, total_steps=config.steps, is_main=main) as logger,
         watchdog,
@@ -136,7 +142,6 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any]:
         )
         if run.interrupted:
             print(f"stopped at step {int(run.state.step)} by SIGTERM; the state is saved")
-            _leave(step, 128 + 15)
             sys.exit(128 + 15)
         _, (params, skipped) = step.together(
             lambda state: (step.consensus(state), int(state.skipped.sum())), run.state
@@ -148,8 +153,8 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any]:
             **task.evaluate(params),
             "sent_bytes": run.sent_bytes,
             "largest_step_bytes": run.largest_step_bytes,
-            "dense_bytes": run.dense_step_bytes * config.steps,
-            "dense_over_sent": run.dense_step_bytes * config.steps / max(run.sent_bytes, 1),
+            "dense_bytes": run.dense_bytes,
+            "dense_over_sent": run.dense_bytes / max(run.sent_bytes, 1),
             "seconds": run.seconds,
             "skipped": skipped,
             **_counted(counter, step),
@@ -159,13 +164,20 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any]:
             "config": config.to_dict(),
         }
         logger.summary(summary)
-    _leave(step, 0)
     return summary
 
 
-def _leave(step: Any, code: int) -> None:
-    """A process that has outlived another one cannot end like others."""
-    if getattr(step, "lost", ()):
+@contextlib.contextmanager
+def _leaving(step: Any):
+    """A process that may have outlived others cannot end like any other."""
+    code = 0
+    try:
+        yield
+    except SystemExit as error:
+        if not isinstance(step, ElasticStep):
+            raise
+        code = int(error.code or 0)
+    if isinstance(step, ElasticStep):
         step.leave(code)
 
 
@@ -238,7 +250,10 @@ def _finished(config: Config, workdir: str) -> dict[str, Any] | None:
     path = Path(workdir) / "summary.json"
     if not path.exists():
         return None
-    summary = json.loads(path.read_text())
+    try:
+        summary = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): remove it to go on") from error
     same = json.loads(json.dumps(_fixed(config), default=list))
     old = {k: v for k, v in summary.get("config", {}).items() if k not in FREE}
     if config.resize:

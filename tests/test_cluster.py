@@ -271,6 +271,16 @@ def test_a_stopped_process_is_ended_as_well():
     assert outcome.ranks[1].exit_code == -9
 
 
+def test_who_is_stuck_when_rank_0_has_ended_well_is_lost(capsys):
+    code = RANK + "rank == 1 and os.kill(os.getpid(), signal.SIGSTOP)"
+    outcome = launch(code, hosts=3, losses=1, grace=0.5, timeout=20.0).outcome
+    assert outcome.exit_code == 0
+    assert [rank.stopped for rank in outcome.ranks] == [False, True, False]
+    assert "lost rank 1, still running" in capsys.readouterr().err
+    outcome = launch(RANK + "rank and (time.sleep(.5), sys.exit(9))", losses=1).outcome
+    assert outcome.exit_code == 0
+
+
 def test_a_time_out_names_those_that_still_ran():
     outcome = launch(RANK + "rank != 1 and time.sleep(300)", hosts=3, timeout=1.0).outcome
     assert outcome.exit_code == 124
@@ -315,6 +325,21 @@ def test_a_signal_to_the_launcher_ends_all(tmp_path, number):
     assert f"cluster: got {number.name}; ended ranks 0, 1" in err
     assert "stopped" in out
     assert not any(map(alive, ranks))
+
+
+def test_after_a_signal_a_failed_job_is_not_started_again():
+    code = RANK + (
+        "rank or time.sleep(1) or sys.exit(1);"
+        "signal.signal(signal.SIGTERM, lambda *_: print('asked', flush=True)); time.sleep(300)"
+    )
+    process = launcher(code, "--hosts=2", "--restarts=2", "--grace=20", "--timeout=30")
+    assert process.stdout
+    assert any("asked" in line for line in process.stdout)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "cluster: got SIGTERM, after rank 0 exited with code 1; ended rank 1" in err
+    assert "attempt" not in err
 
 
 def test_a_killed_launcher_takes_its_processes_along(tmp_path):

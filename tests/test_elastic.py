@@ -1,7 +1,9 @@
 """What the survivors of a job take along: state, rows and means."""
 
+import concurrent.futures
 import contextlib
 import socket
+import types
 from pathlib import Path
 
 import jax
@@ -11,7 +13,7 @@ import optax
 import pytest
 
 import jaxcomm
-from jaxcomm.training import _storage
+from jaxcomm.training import _storage, elastic
 from jaxcomm.training._sockets import Connections
 from jaxcomm.training.elastic import ElasticStep, put_back, take
 from jaxcomm.training.workers import Place
@@ -127,6 +129,38 @@ def test_what_was_opened_while_watching_is_hung_up_and_nothing_else():
             else:
                 here.sendall(b"x")
                 assert there.recv(1) == b"x"
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="connections are seen on Linux only")
+def test_another_thread_hangs_up_what_was_opened_just_now():
+    connections = Connections()
+    for _ in range(2):
+        with connections.watching():
+            here, there = socket.socketpair()
+            with here, there, concurrent.futures.ThreadPoolExecutor(1) as pool:
+                assert pool.submit(connections.hang_up).result() == 2
+                assert there.recv(1) == b""
+
+
+def test_all_stop_at_the_same_call(monkeypatch):
+    """Who reads early sees a request of the call to come, and must not stop sooner."""
+    keys = {}
+    service = types.SimpleNamespace(
+        key_value_set=keys.__setitem__, key_value_dir_get=lambda _: list(keys.items())
+    )
+    monkeypatch.setattr(elastic, "client", lambda: service)
+    monkeypatch.setattr(ElasticStep, "_survive", lambda self, run, state: (None, run(state)))
+    ways = optax.chain(jaxcomm.average(AXIS), optax.sgd(RATE))
+    steps = [ElasticStep(lambda devices: make(ways, devices), jax.devices()[:2]) for _ in range(2)]
+    states = [step.init(PARAMS, jax.random.key(0)) for step in steps]
+    call = lambda i: steps[i](states[i], rows(0, slice(2)))[0]
+    states = [call(0), call(1)]
+    steps[0].ask_to_stop()
+    assert not steps[0].stopping()
+    states[0] = call(0)
+    assert [step.stopping() for step in steps] == [True, False]
+    states[1] = call(1)
+    assert steps[1].stopping()
 
 
 def test_what_all_do_together_is_given_the_state():

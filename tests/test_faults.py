@@ -1,6 +1,8 @@
 """Processes that die, get stuck or lose their disk: who is named, what is started again."""
 
+import os
 import re
+import signal
 import sys
 import time
 
@@ -55,6 +57,23 @@ def test_a_silent_service_is_rank_0():
     assert when == 30
     assert sentence.startswith("rank 0 is stuck or unreachable")
     assert sentence.endswith("last seen at step 7")
+
+
+def test_a_silent_service_hides_who_beat_a_little_earlier():
+    beats = lambda t: {0: Beat(t, 7), 2: Beat(min(t, 17), 7)} if t < 20 else None
+    assert live(watched(), 1, 100, beats)[1].startswith("rank 0 is stuck or unreachable")
+
+
+def test_the_silent_are_left_before_the_end():
+    left = []
+    watchdog = Watchdog(10.0)
+    watchdog.leave_silent(lambda: left.append("them"), 20.0)
+    seen = ((0, []), (11, [1]), (30, [1]), (32, [1]), (33, []), (50, [2]), (51, [0, 2]))
+    assert [watchdog._waits(t, ranks) for t, ranks in seen] == [
+        *(False, True, True, False),
+        *(False, True, False),
+    ]
+    assert left == ["them"] * 2
 
 
 def test_a_process_that_was_suspended_does_not_accuse_the_others():
@@ -178,6 +197,9 @@ def test_restarts_come_to_an_end_and_the_time_out_holds_for_all_attempts():
     report = supervised("time.sleep(.4); sys.exit(5)", restarts=1000, timeout=1.5)
     assert report.outcome.exit_code == 124
     assert report.failures
+    report = supervised("r and sys.exit(5); time.sleep(60)", restarts=9, losses=1, timeout=1.0)
+    assert report.outcome.exit_code == 124
+    assert report.failures == ()
     assert time.monotonic() - begin < 10
 
 
@@ -240,3 +262,67 @@ def test_a_fault_in_mid_run(number, tmp_path_factory):
     assert row["failure"] is None, row
     assert row["lost_steps"] <= STEPS
     assert row["attempts"] == (1 if kind == "continue" else 2) or kind == "full"
+
+
+SLOW_SAVES = """
+import os, runpy, time
+from jaxcomm.training import checkpoint
+write = checkpoint.write_marker
+def slow(*args):
+    time.sleep(8)
+    write(*args)
+    print("written", flush=True)
+checkpoint.write_marker = slow
+"""
+SLOW_ENDS = """
+import os, runpy, time
+from jaxcomm.training.metrics import MetricsLogger
+summary = MetricsLogger.summary
+def slow(self, values):
+    summary(self, values)
+    time.sleep(3 * int(os.environ["JAXCOMM_PROCESS_ID"]))
+MetricsLogger.summary = slow
+"""
+
+
+def elastic(patch, hosts, tmp_path, *fields):
+    """A job that goes on after a loss; each process runs the patch first."""
+    code = f"{patch}\nrunpy.run_module('experiments.train', run_name='__main__')"
+    words = [sys.executable, "-m", "experiments.cluster", f"--hosts={hosts}", "--losses=1"]
+    words += ["--timeout=350", "--", "-c", code, "--config=configs/digits_ef21.py:smoke"]
+    fields = (f"workers={hosts}", "batch_size=60", "log_every=1", *fields)
+    fields = ("on_failure=continue", "stuck_seconds=8", "checkpoint_every=10000", *fields)
+    words += [f"--workdir={tmp_path}", *(f"--config.{field}" for field in fields)]
+    return Run(words, tmp_path / "log", tmp_path / "cache")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_stuck_process_is_left_and_after_that_sigterm_saves(tmp_path):
+    """The file system is slower than the launcher is patient."""
+    run = elastic(SLOW_SAVES, 3, tmp_path, "steps=9000")
+    try:
+        wait = lambda pattern, start=0: run.wait_for(pattern, time.monotonic() + 120, start)[0]
+        wait(r"\[0\] step 5/")
+        os.kill(run.pid(1), signal.SIGSTOP)
+        wait(r"\[0\] step ", wait(r"\[0\] .* going on after"))
+        os.kill(run.pid(2), signal.SIGTERM)
+        assert run.process.wait(60) == 128 + signal.SIGTERM
+    finally:
+        run.end()
+    lines = [line for _, line in run.lines]
+    stopped = [i for i, line in enumerate(lines) if "by SIGTERM; the state is saved" in line]
+    assert len(stopped) == 2
+    assert lines.index("[0] written") < stopped[0]
+    (saved,) = (tmp_path / "checkpoints").iterdir()
+    assert f"stopped at step {int(saved.name)} " in lines[stopped[0]]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_process_0_does_not_leave_the_others_behind(tmp_path):
+    run = elastic(SLOW_ENDS, 2, tmp_path, "steps=3")
+    try:
+        assert run.process.wait(300) == 0
+    finally:
+        run.end()

@@ -1,14 +1,17 @@
 """A mistake of the user in a job of real processes: one sentence, code 2, no other attempt."""
 
+import errno
 import re
+import tempfile
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from experiments import cluster, train
+from experiments import cluster, command_line, train
 from jaxcomm.training.checkpoint import Checkpointer, CheckpointError, StorageError
+from jaxcomm.training.metrics import WorkdirError, prepare_workdir
 from jaxcomm.training.watchdog import Watchdog
 
 ROOT = Path(__file__).parent.parent
@@ -101,6 +104,18 @@ def test_a_checkpoint_of_another_config_is_a_mistake_and_not_a_failed_save(tmp_p
     outcome, (error,), _ = launch(capfd, *words)
     assert re.match(r"\[0\] error: checkpoint of step 1 in .* this run has", error)
     assert outcome.exit_code == cluster.MISTAKE
+
+
+def test_a_full_disk_is_no_mistake(monkeypatch, tmp_path):
+    def full(**_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", full)
+    with pytest.raises(WorkdirError, match="No space left") as found:
+        prepare_workdir(tmp_path)
+    for error in (found.value, StorageError("checkpoint of step 3 was not written")):
+        assert command_line.exit_code(error) == train.UNSAVED
+    assert command_line.exit_code(CheckpointError("of another config")) == cluster.MISTAKE
 
 
 @pytest.mark.parametrize(

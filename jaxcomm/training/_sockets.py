@@ -24,6 +24,7 @@ class Connections:
     def watching(self) -> Iterator[None]:
         """Remembers what is opened inside, by whatever thread."""
         before = set(_sockets()) if self._before is None else self._before
+        self._before = before
         try:
             yield
         finally:
@@ -31,10 +32,13 @@ class Connections:
             self._before = None
 
     def hang_up(self) -> int:
-        """Ends those that are still open, for both sides; returns how many."""
-        ended = 0
-        for name, descriptor in _sockets().items():
-            if name in self._seen:
+        """Ends those that are still open, for both sides; returns how many. From any thread."""
+        ended, sockets = 0, _sockets()
+        seen = set(self._seen)
+        if (before := self._before) is not None:  # another thread is inside `watching()`
+            seen |= set(sockets) - before
+        for name, descriptor in sockets.items():
+            if name in seen:
                 with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as end:
                     end.shutdown(socket.SHUT_RDWR)
                     ended += 1

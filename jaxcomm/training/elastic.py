@@ -19,7 +19,8 @@ opened in it, or since the ElasticStep was made, so that its neighbours' collect
 Checkpoints are written by process 0 alone (`Checkpointer(writers="first")`). Needs
 `jax_enable_recoverability` before the job is joined (`prepare`). Process 0 hosts the coordination
 service: its death ends the job and is for a restart. No process can join later. One that is stuck
-but alive counts as dead once its heartbeats have stopped for HEARTBEAT_SECONDS.
+or cut off is left once the watchdog has had no sign of life for its `silence`, and counts as dead
+where its heartbeats have stopped for HEARTBEAT_SECONDS; without a watchdog all wait for it.
 """
 
 import contextlib
@@ -37,6 +38,7 @@ from jax.experimental import multihost_utils
 
 from jaxcomm.training import _storage
 from jaxcomm.training._sockets import Connections
+from jaxcomm.training.distributed import client
 from jaxcomm.training.placement import CHUNKS
 from jaxcomm.training.step import TrainState, TrainStep
 from jaxcomm.training.watchdog import Watchdog
@@ -44,6 +46,7 @@ from jaxcomm.training.workers import Place
 from jaxcomm.transforms._ef21 import EF21State
 
 HEARTBEAT_SECONDS = 10  # without one for so long a process is dead
+STOPS = "jaxcomm/stops/"  # who asked for a stop, and before the end of which call
 
 
 class Snapshot(NamedTuple):
@@ -58,6 +61,7 @@ class Snapshot(NamedTuple):
 def prepare() -> dict[str, Any]:
     """Lets processes outlive others; call it before `initialize`, and pass on what it returns."""
     jax.config.update("jax_enable_recoverability", True)
+    jax.config.update("jax_enable_preemption_service", False)  # it would wait for the dead
     return {"heartbeat_timeout_seconds": HEARTBEAT_SECONDS, "shutdown_timeout_seconds": 15}
 
 
@@ -68,7 +72,7 @@ class ElasticStep:
       make: `make(devices)`: the step for these devices, which it uses in this order.
       devices: those at the start, of all processes.
       every: steps between two copies of the state to host memory; so many are repeated at most.
-      watchdog: is told whom it need not watch any more.
+      watchdog: says who is silent, and is told whom it need not watch any more.
 
     Raises:
       ValueError: `every` is less than 1.
@@ -92,6 +96,9 @@ class ElasticStep:
         self._snapshot: Snapshot | None = None
         self._connections = Connections()
         self._rows: list[Any] = []  # this process's, of the steps since the snapshot
+        self._calls, self._asked = 0, False
+        if watchdog is not None:  # a collective with a silent process does not fail by itself
+            watchdog.leave_silent(self._connections.hang_up, 2.0 * HEARTBEAT_SECONDS)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._step, name)
@@ -100,6 +107,10 @@ class ElasticStep:
         """One step of the living workers; `lost_workers` in the metrics says how many do not."""
         if self._snapshot is None:
             self._snapshot = take(state, self._step.places)
+        self._calls += 1
+        if self._asked:
+            self._asked = False
+            client().key_value_set(f"{STOPS}{jax.process_index()}", str(self._calls))
         first, rows = self._step, jax.tree.map(_storage.own_rows, batch)
         again = lambda: batch if self._step is first else self._global(rows)
         state, metrics = self._survive(lambda state: self._step(state, again()), state)[1]
@@ -107,6 +118,15 @@ class ElasticStep:
         if len(self._rows) >= self._every:
             self._snapshot, self._rows = take(state, self._step.places), []
         return state, {**metrics, "lost_workers": len(self._all) - len(self._live)}
+
+    def ask_to_stop(self) -> None:
+        """From now on, or one step later, `stopping` is true everywhere; for a signal handler."""
+        self._asked = True
+
+    def stopping(self) -> bool:
+        """Whether somebody asked for a stop before the last step; all that live say the same."""
+        asked = client().key_value_dir_get(STOPS)  # some may be of a step that is still to come
+        return any(int(call) <= self._calls for _, call in asked)
 
     def together(
         self, fn: Callable[[TrainState], Any], state: TrainState
@@ -151,7 +171,7 @@ class ElasticStep:
                 raise
 
     def leave(self, code: int) -> None:
-        """Ends this process, after a loss: JAX's own end would wait for the dead, and fail."""
+        """Ends this process: JAX's own end waits for the dead, or for nobody if none has died."""
         sys.stdout.flush()
         sys.stderr.flush()
         with contextlib.suppress(Exception):  # somebody may have died just now

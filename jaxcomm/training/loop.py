@@ -17,6 +17,7 @@ from jax.experimental import multihost_utils
 from jaxcomm.traffic import Traffic, traffic
 from jaxcomm.training.checkpoint import Checkpointer
 from jaxcomm.training.consistency import ReplicaCheck
+from jaxcomm.training.elastic import ElasticStep
 from jaxcomm.training.local_checkpoint import LocalCheckpointer
 from jaxcomm.training.metrics import MetricsLogger, Stopwatch
 from jaxcomm.training.step import TrainState, TrainStep
@@ -31,7 +32,7 @@ class Run(NamedTuple):
     sync_step: int  # meetings of the replicas
     sent_bytes: float  # by one worker, since step 0
     largest_step_bytes: float  # of the dearest step
-    dense_step_bytes: float  # that averaging float32 gradients would send, a step
+    dense_bytes: float  # that averaging float32 gradients in every step would have sent
     seconds: float  # wall time since the first step ended, earlier parts of the run included
     interrupted: bool  # by SIGTERM: the state is saved
 
@@ -83,6 +84,7 @@ def train_loop(
         state, position, extra = checkpointer.restore(state, resize=resize)
         data.set_state(position)
         account.total, seconds = extra["sent_bytes"], extra["seconds"]
+        account.dense = extra.get("dense_bytes")  # None: of a version that did not save it
         clock = Stopwatch(seconds)
     done = int(state.step)
     logger.truncate(done)
@@ -93,10 +95,10 @@ def train_loop(
             return
         if check_every and done % check_every:  # else it has just been done
             check(state)
-        extra = {"sent_bytes": account.settle(), "seconds": seconds}
+        extra = {"sent_bytes": account.settle(), "seconds": seconds, "dense_bytes": account.dense}
         checkpointer.save(done, state, data_state=data.get_state(), extra=extra)
 
-    with _StopSignal() as stop:
+    with _StopSignal(step) as stop:
         while done < steps:
             batch = put_batch(step, next(data))
             account.see(state, batch)
@@ -130,20 +132,19 @@ def train_loop(
                 state, _ = step.together(save, state)
             if stopping and not last:
                 break
-    if checkpointer is not None:
-        checkpointer.wait()
+        if checkpointer is not None:
+            state, _ = step.together(lambda _: checkpointer.wait(), state)  # one may write for all
     if account.unseen:  # the last checkpoint was the end
         account.see(state, put_batch(step, next(data)))
-    sent, report = account.settle(), account.report
-    largest, dense = report.largest_step_bytes, report.dense_equivalent_bytes
-    return Run(state, meetings(state), sent, largest, dense, seconds, done < steps)
+    sent, largest = account.settle(), account.report.largest_step_bytes
+    return Run(state, meetings(state), sent, largest, account.dense, seconds, done < steps)
 
 
 class Account:
     """Bytes one worker has sent, from the traced program and the branches that really ran."""
 
     def __init__(self, step: TrainStep):
-        self.total = 0.0
+        self.total, self.dense = 0.0, 0.0
         self._step, self._traffic, self._branches = step, None, []
         self._count = step.workers.count
 
@@ -159,14 +160,16 @@ class Account:
             self._count, self._traffic = self._step.workers.count, None
         if self.unseen:
             self._traffic = traffic(self._step, state, batch)
+        if self.dense is None:
+            self.dense = int(state.step) * self.report.dense_equivalent_bytes
 
     def add(self, metrics: dict) -> None:
         """Counts a step."""
-        assert self._traffic is not None
-        if self._traffic.choices:
+        self.dense += self.report.dense_equivalent_bytes
+        if self.report.choices:
             self._branches.append(metrics["branches"])
         else:
-            self.total += self._traffic.every_step_bytes
+            self.total += self.report.every_step_bytes
 
     def settle(self) -> float:
         """The total so far, bytes; waits for the steps whose branches are not known yet."""
@@ -203,13 +206,21 @@ def meetings(state: TrainState) -> int:
 
 
 class _StopSignal:
-    """SIGTERM asks for a stop at the next step; several processes agree on which one."""
+    """SIGTERM asks for a stop at the next step; several processes agree on which one.
+
+    JAX's way to agree would wait for the dead: an ElasticStep has its own.
+    """
+
+    def __init__(self, step: Any):
+        self._asked = threading.Event()
+        self._elastic = step if isinstance(step, ElasticStep) else None
+        self._ask = self._elastic.ask_to_stop if self._elastic else self._asked.set
 
     def __enter__(self):
-        self._asked = threading.Event()
         self._old = None
-        if threading.current_thread() is threading.main_thread() and jax.process_count() == 1:
-            self._old = signal.signal(signal.SIGTERM, lambda *_: self._asked.set())
+        ours = self._elastic is not None or jax.process_count() == 1
+        if ours and threading.current_thread() is threading.main_thread():
+            self._old = signal.signal(signal.SIGTERM, lambda *_: self._ask())
         return self
 
     def __exit__(self, *_):
@@ -217,6 +228,8 @@ class _StopSignal:
             signal.signal(signal.SIGTERM, self._old)
 
     def requested(self, done: int) -> bool:
+        if self._elastic is not None:
+            return self._elastic.stopping()
         if jax.process_count() > 1:
             return multihost_utils.reached_preemption_sync_point(done)
         return self._asked.is_set()

@@ -23,7 +23,9 @@ from rich.table import Table
 
 
 class WorkdirError(ValueError):
-    """A directory that cannot be written; the message is one sentence."""
+    """A directory that cannot be written; the message is one sentence, `errno` the system's."""
+
+    errno: int | None = None
 
 
 class MetricsLogger:
@@ -218,7 +220,9 @@ def prepare_workdir(workdir: str | os.PathLike[str]) -> Path:
         with tempfile.TemporaryFile(dir=path):
             return path
     except OSError as error:
-        raise WorkdirError(f"cannot write to workdir {path}: {error.strerror}") from error
+        failure = WorkdirError(f"cannot write to workdir {path}: {error.strerror}")
+        failure.errno = error.errno
+        raise failure from error
 
 
 def jsonable(value: Any) -> Any:

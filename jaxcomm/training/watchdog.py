@@ -69,6 +69,16 @@ class Watch:
         """A process that is known to be gone."""
         self._heard.pop(rank, None)
 
+    def silent(self, silence: float | None = None) -> list[int]:
+        """Who has not beaten for so long although the coordination service answered."""
+        silence = self._silence if silence is None else silence
+        limit = lambda beat: silence if beat.count else max(silence, START_SECONDS)
+        return [
+            rank
+            for rank, (beat, heard) in sorted(self._heard.items())
+            if beat.count != FINISHED and self._answered - heard > limit(beat)
+        ]
+
     def verdict(self, now: float, silence: float | None = None) -> str | None:
         """What is wrong, in one sentence, if anything."""
         silence = self._silence if silence is None else silence
@@ -85,9 +95,7 @@ class Watch:
                 "rank 0 is stuck or unreachable: its coordination service has not answered for "
                 f"{now - self._answered:.1f} s{last}"
             )
-        limit = lambda beat: silence if beat.count else max(silence, START_SECONDS)
-        silent = [r for r, (beat, h) in sorted(running.items()) if now - h > limit(beat)]
-        if silent:
+        if silent := self.silent(silence):
             worst = max(now - running[r][1] for r in silent)
             are = "is" if len(silent) == 1 else "are"
             return f"{self._names(silent)} {are} stuck or gone: no sign of life for {worst:.1f} s"
@@ -133,6 +141,9 @@ class Watchdog:
         self._lock, self._stop = threading.Lock(), threading.Event()
         self._watch: Watch | None = None
         self._step = 0
+        self._leave: Callable[[], Any] | None = None
+        self._patience = 0.0
+        self._left: float | None = None  # when this process was made to leave the silent
         if silence and jax.process_count() > 1:
             rank = jax.process_index()
             others = set(range(jax.process_count())) - {rank}
@@ -167,6 +178,15 @@ class Watchdog:
             with self._lock:
                 self._watch.forget(rank)
 
+    def leave_silent(self, leave: Callable[[], Any], patience: float) -> None:
+        """Calls `leave()` before the end, which comes only if it has not helped.
+
+        Args:
+          leave: what makes this process go on without the silent; they should be forgotten then.
+          patience: seconds from that call to the end. A silent rank 0 is the end at once.
+        """
+        self._leave, self._patience = leave, patience
+
     def blame(self) -> str | None:
         """After a failed collective: who is to blame, as soon as somebody has missed some beats."""
         if self._watch is None:
@@ -195,13 +215,24 @@ class Watchdog:
     def _judge(self) -> None:
         assert self._watch is not None
         while not self._stop.wait(self._interval):
+            now = time.monotonic()
             with self._lock:
-                sentence = self._watch.verdict(time.monotonic())
-            if sentence and not self._stop.is_set():
+                sentence, silent = self._watch.verdict(now), self._watch.silent()
+            if not self._waits(now, silent) and sentence and not self._stop.is_set():
                 if jax.process_index() == 0:  # without its service the others could not say it
                     time.sleep(2 * self._interval)
                 self._stop.set()
                 self._end(sentence)
+
+    def _waits(self, now: float, silent: list[int]) -> bool:
+        """Whether this process may still go on without the silent; makes it leave them."""
+        if self._leave is None or not silent or 0 in silent:
+            self._left = None
+            return False
+        if self._left is None:
+            self._left = now
+            self._leave()
+        return now - self._left < self._patience
 
     def _write(self, beat: Beat) -> None:
         key = f"{PREFIX}{jax.process_index()}"
