@@ -98,3 +98,8 @@ def require_key(key: jax.Array | None, name: str) -> jax.Array:
     if key is None:
         raise ValueError(f"{name} is random: encode and roundtrip need a PRNG key, got None")
     return key
+
+
+def whole(value, least: int) -> bool:
+    """Whether it is a whole number (4.0 is, nan is not) and not below `least`."""
+    return bool(value >= least and value % 1 == 0)

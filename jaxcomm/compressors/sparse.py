@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxcomm.compressors.base import Compressor, Payload
+from jaxcomm.compressors.base import Compressor, Payload, whole
 
 
 class Sparsifier(Compressor):
@@ -65,7 +65,7 @@ def check_fraction_or_k(name: str, fraction: float | None, k: int | None) -> Non
         raise ValueError(f"{name}: give exactly one of fraction and k, got {fraction=}, {k=}")
     if fraction is not None and not 0.0 < fraction <= 1.0:
         raise ValueError(f"{name}: fraction must be in (0, 1], got {fraction}")
-    if k is not None and not (k >= 1 and k % 1 == 0):
+    if k is not None and not whole(k, 1):
         raise ValueError(f"{name}: k must be a whole number, at least 1, got {k}")
 
 

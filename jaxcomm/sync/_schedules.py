@@ -20,6 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxcomm.compressors.base import whole
+
 Schedule = Callable[[jax.Array], jax.Array]  # first step of a round, int32 -> H, int32
 _LONGEST = 2**30  # steps; also what a vanishing learning rate gives
 _SLACK = 1.0 + 2.0**-20  # 8 ulp: (0.3 / 0.1)^2 is 9 here, and 8.999999 in float32
@@ -31,7 +33,7 @@ def every(h: int) -> Schedule:
     Raises:
       ValueError: h < 1, or not whole.
     """
-    if not _whole(h, 1):
+    if not whole(h, 1):
         raise ValueError(f"every: a round needs a whole number, at least one step, got h={h}")
     return lambda step: jnp.full(jnp.shape(step), h, jnp.int32)
 
@@ -56,7 +58,7 @@ def power_rule(
       ValueError: h_base < 1 or not whole, coefficient < 0, or a zero rate at the first step that
         counts.
     """
-    if not _whole(h_base, 1):
+    if not whole(h_base, 1):
         raise ValueError(f"power_rule: h_base must be whole and at least 1, got {h_base}")
     if not coefficient >= 0:  # nor nan
         raise ValueError(f"power_rule: the coefficient must not be negative, got {coefficient}")
@@ -102,7 +104,7 @@ def post_local(start: int, h: int) -> Schedule:
     Raises:
       ValueError: h < 1 or start < 0, or not whole.
     """
-    if not (_whole(h, 1) and _whole(start, 0)):
+    if not (whole(h, 1) and whole(start, 0)):
         raise ValueError(f"post_local: needs whole h >= 1 and start >= 0, got {h=}, {start=}")
     return lambda step: jnp.where(step < start, 1, h).astype(jnp.int32)
 
@@ -119,7 +121,7 @@ def swap(start: int, before: Schedule | int = 1) -> Schedule:
     Raises:
       ValueError: start < 0 or not whole, or rounds of less than one step.
     """
-    if not _whole(start, 0):
+    if not whole(start, 0):
         raise ValueError(f"swap: start must be whole and not negative, got {start}")
     rounds = as_schedule(before, "swap")
 
@@ -128,11 +130,6 @@ def swap(start: int, before: Schedule | int = 1) -> Schedule:
         return jnp.where(step < start, length, _LONGEST).astype(jnp.int32)
 
     return schedule
-
-
-def _whole(value, least: int) -> bool:
-    """Whether it is a whole number of steps (4.0 is, nan is not) and not below `least`."""
-    return bool(value >= least and value % 1 == 0)
 
 
 def as_schedule(value: Schedule | int, where: str) -> Schedule:
@@ -184,7 +181,7 @@ def sync_steps(schedule: Schedule | int, n: int) -> list[int]:
       >>> jaxcomm.sync_steps(jaxcomm.post_local(start=3, h=4), 9)
       [1, 2, 3, 7, 9]
     """
-    if not _whole(n, 0):
+    if not whole(n, 0):
         raise ValueError(f"sync_steps: n must be whole and not negative, got {n}")
     n, schedule = int(n), as_schedule(schedule, "sync_steps")
     ends = jax.vmap(functools.partial(round_end, schedule, total_steps=n))

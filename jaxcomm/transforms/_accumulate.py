@@ -15,6 +15,7 @@ import optax
 
 from jaxcomm.collectives import AxisName, cond, varying
 from jaxcomm.collectives.flatten import zeros_like_float32
+from jaxcomm.compressors.base import whole
 
 
 class AccumulateState(NamedTuple):
@@ -46,7 +47,7 @@ def accumulate(
       >>> chain = optax.chain(jaxcomm.average("workers"), optax.sgd(0.1))
       >>> tx = jaxcomm.accumulate(chain, 4, axis_name="workers")
     """
-    if not (every >= 1 and every % 1 == 0):
+    if not whole(every, 1):
         raise ValueError(f"accumulate: every must be whole and at least 1, got {every}")
     tx = optax.with_extra_args_support(tx)
 

@@ -34,6 +34,7 @@ from jaxcomm.collectives.exchange import check_exchange
 from jaxcomm.collectives.flatten import leaf_buckets, zeros_like_float32
 from jaxcomm.compressors import Compressor
 from jaxcomm.compressors._fence import fence
+from jaxcomm.compressors.base import whole
 from jaxcomm.transforms.common import (
     Communication,
     check_compressor,
@@ -251,7 +252,7 @@ def _check(rank, min_compression_rate, start_step) -> None:
             "power_sgd: rank sets the shapes of the messages; under optax.inject_hyperparams name "
             "it in static_args"
         )
-    if not (rank >= 1 and rank % 1 == 0):
+    if not whole(rank, 1):
         raise ValueError(f"power_sgd: rank must be a whole number, at least 1, got {rank}")
     if min_compression_rate < 0:
         raise ValueError(
