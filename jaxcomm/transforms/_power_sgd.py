@@ -180,7 +180,7 @@ def power_sgd(
         def compress_bucket(number, mine):
             mine_low, mine_dense = mine(total), mine(dense)
             means = lambda vector, hop: factor_mean(vector, state.count, 2 * number + hop)
-            mean, mean_dense, error, new = _low_rank_mean(
+            (mean, error, new), mean_dense = _low_rank_mean(
                 mine_low, mine(query), mine_dense if factors is None else [], means, factors is None
             )
             if factors is not None:
@@ -208,7 +208,11 @@ def power_sgd(
 
 
 def _low_rank_mean(total, query, dense, mean_fn, own_error: bool):
-    """Two means: (low-rank means, dense means, this worker's errors, new queries)."""
+    """Two means: ((low-rank means, this worker's errors, new queries), dense means).
+
+    With `own_error` the errors need no second mean: they are computed before it, so that the link
+    is idle between the two, where a link that lets bursts through gathers credit.
+    """
     leaves, treedef = jax.tree.flatten(total)
     groups: dict[tuple, list[int]] = {}  # leaves of one matrix shape are one batch
     for i, leaf in enumerate(leaves):
@@ -221,20 +225,26 @@ def _low_rank_mean(total, query, dense, mean_fn, own_error: bool):
     ps, dense = unflatten(mean_fn(vector, hop=0), jnp.float32)
     ps = [jnp.linalg.qr(p)[0] for p in ps]
     own = [_matmul(m.mT, p) for m, p in zip(ms, ps)]
-    vector, unflatten = flatten(own)
-    # fenced: fused into every product, a codec's decoding was done anew for each element
-    qs = unflatten(fence(mean_fn(vector, hop=1))) if own else []
 
     def ungroup(stacks):
         parts = [x for stack in stacks for x in stack]
         out = dict(zip((i for members in groups.values() for i in members), parts))
         return [out[i] for i in range(len(leaves))]
 
-    lost = own if own_error else qs
-    ps, qs, lost = ungroup(ps), ungroup(qs), ungroup(lost)
-    mean = [_product(p, q).reshape(leaf.shape) for p, q, leaf in zip(ps, qs, leaves)]
-    error = [leaf - _product(p, q).reshape(leaf.shape) for p, q, leaf in zip(ps, lost, leaves)]
-    return treedef.unflatten(mean), dense, treedef.unflatten(error), treedef.unflatten(qs)
+    def low_rank(ps, qs):
+        pairs = zip(ungroup(ps), ungroup(qs), leaves)
+        return [_product(p, q).reshape(leaf.shape) for p, q, leaf in pairs]
+
+    rest = lambda parts: [leaf - part for leaf, part in zip(leaves, parts)]
+    vector, unflatten = flatten(own)
+    error = None
+    if own_error:
+        vector, error = fence((vector, rest(low_rank(ps, own))))
+    # fenced: fused into every product, a codec's decoding was done anew for each element
+    qs = unflatten(fence(mean_fn(vector, hop=1))) if own else []
+    mean = low_rank(ps, qs)
+    error = rest(mean) if error is None else error
+    return tuple(map(treedef.unflatten, (mean, error, ungroup(qs)))), dense
 
 
 def _product(p: jax.Array, q: jax.Array) -> jax.Array:
