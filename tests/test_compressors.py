@@ -127,7 +127,9 @@ def sample(kind: str, size: int, seed: int = 0) -> np.ndarray:
         case "halves":  # natural compression's worst case
             x = np.full(size, 1.5)
         case "tiny":
-            x = normal * 1e-25
+            x = normal * 1e-33
+        case "huge":
+            x = normal * 1e29
         case "positive":
             x = np.abs(normal) + 10
         case _:
@@ -137,7 +139,7 @@ def sample(kind: str, size: int, seed: int = 0) -> np.ndarray:
 
 KINDS = (
     *("gaussian", "heavy", "sparse", "one", "constant", "equal", "worst", "halves", "tiny"),
-    *("positive", "zeros"),
+    *("huge", "positive", "zeros"),
 )
 
 

@@ -43,6 +43,20 @@ def test_coders_are_lossless(coder, symbols, k):
     np.testing.assert_array_equal(decode(encode(symbols, k)), symbols)
 
 
+@pytest.mark.parametrize("coder", entropy.CODERS)
+@pytest.mark.parametrize(
+    ("symbols", "k", "match"),
+    [
+        ([0, 0, 3, 0], 3, "symbols must be from 0 to k-1=2, got 0 to 3"),
+        ([0, -1], 3, "symbols must be from 0 to k-1=2, got -1 to 0"),
+        ([0], 65_536, "k must be a whole number from 1 to 65535, got 65536"),
+    ],
+)
+def test_symbols_outside_of_the_alphabet(coder, symbols, k, match):
+    with pytest.raises(ValueError, match=match):
+        entropy.CODERS[coder][0](np.array(symbols), k)
+
+
 def skewed(n, k=3, p=0.98, seed=0):
     rest = np.full(k - 1, (1 - p) / (k - 1))
     return np.random.default_rng(seed).choice(k, n, p=np.insert(rest, k // 2, p))

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from test_compressors import FAST_COMPILE, TABLE
 
 from jaxcomm import compressors as C
+from jaxcomm.compressors import _noise
 from jaxcomm.compressors._dct import dct_basis
 from jaxcomm.compressors._select import (
     PIECE,
@@ -87,6 +88,39 @@ def test_roundtrip_of_bfloat16_is_that_of_its_float32():
     for name in ("sign_l1", "top_k", "quantize_8", "fp4"):
         expected = roundtrip(TABLE[name], x.astype(jnp.float32)).astype(jnp.bfloat16)
         np.testing.assert_array_equal(roundtrip(TABLE[name], x), expected)
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_any_real_vector_is_taken_and_no_other_shape(name):
+    """NumPy's inside a trace, and float64's, have the payload of a float32; no gradient passes."""
+    c, x, key = TABLE[name], gaussian(9), jax.random.key(0)
+    numbers = jax.eval_shape(lambda key: c.encode(x, key), key)
+    assert numbers == jax.eval_shape(lambda key: c.encode(x > 0, key), key) == c.payload_shapes(9)
+    keys = jax.random.split(key, 3)
+    assert jax.eval_shape(jax.vmap(lambda key: c.roundtrip(x, key)), keys).shape == (3, 9)
+    with jax.enable_x64(True):
+        wide = jax.ShapeDtypeStruct((9,), jnp.float64)
+        assert jax.eval_shape(c.encode, wide, key) == numbers
+        assert jax.eval_shape(c.roundtrip, wide, key).dtype == jnp.float64
+    gradient = jax.grad(lambda x: c.roundtrip(x, key).sum())
+    assert jax.eval_shape(gradient, jnp.asarray(x)).shape == (9,)
+    with pytest.raises(ValueError, match=r"got shape \(3, 3\); roundtrip takes any shape"):
+        jax.eval_shape(c.encode, x.reshape(3, 3), key)
+
+
+def test_other_dtypes_are_cast_and_derivatives_are_zero():
+    x, codecs = np.arange(-3, 5), [TABLE[name] for name in ("identity", "top_k", "quantize_4")]
+
+    @functools.partial(jax.jit, compiler_options=FAST_COMPILE)
+    def program(x):
+        slope = lambda c: jax.grad(lambda v: c.roundtrip(v).sum())(x.astype(jnp.float32))
+        return [c.encode(x) for c in codecs], [slope(c) for c in codecs]
+
+    expected, slopes = program(x.astype(np.float32))
+    assert not np.asarray(slopes).any()
+    for dtype in (np.int32, jnp.bfloat16):
+        found = jax.tree.leaves(program(x.astype(dtype))[0])
+        assert all((a == b).all() for a, b in zip(found, jax.tree.leaves(expected), strict=True))
 
 
 @pytest.mark.parametrize("name", TABLE)
@@ -295,6 +329,7 @@ class TestSelection:
         """Loop carries have the type of the data: check_vma passes, results are those of vmap."""
         mesh = jax.make_mesh((2,), ("w",), axis_types=(jax.sharding.AxisType.Auto,))
         codecs = (C.top_k(0.01), C.block_top_k(0.01), C.threshold_top_k(0.01), C.kmeans(3))
+        codecs += (C.compose(C.threshold_top_k(0.01), C.sign()),)
         each = lambda x: jnp.stack([c.roundtrip(x[0]) for c in codecs])[None]
         spec = jax.sharding.PartitionSpec("w")
         x = gaussian(10_000).reshape(2, 5000)
@@ -339,6 +374,28 @@ class TestThreshold:
         c = C.threshold_top_k(0.01)
         np.testing.assert_array_equal(roundtrip(c, x), x)
 
+    @pytest.mark.parametrize(
+        "quantizer",
+        [
+            *(C.sign(), C.quantize(1), C.quantize(4, scheme="minmax")),
+            *(C.quantize(4, rounding="shift"), C.kmeans(pin_zero=False)),
+        ],
+    )
+    def test_empty_slots_decode_to_nothing(self, quantizer):
+        """Whatever the quantizer makes of their zeros; coordinate 0 may be sent itself."""
+        c, size = C.compose(C.threshold_top_k(0.05), quantizer), 1024
+        x = np.zeros((3, size), np.float32)
+        x[0, [0, 500, 700]], x[1, [500, 999]] = (3.0, -2.0, 1.0), 2.0
+
+        @functools.partial(jax.jit, compiler_options=FAST_COMPILE)
+        def both(x, keys):
+            payloads = jax.vmap(c.encode)(x, keys)
+            return jax.vmap(lambda p: c.decode(p, size))(payloads), c.decode_sum(payloads, size)
+
+        y, total = both(x, jax.random.split(jax.random.key(0), 3))
+        assert not np.asarray(y)[x == 0].any()
+        np.testing.assert_allclose(total, y.sum(0), rtol=1e-6)
+
     def test_hits_are_the_largest(self):
         x, c = gaussian(300_000), C.threshold_top_k(0.01)
         y = np.asarray(roundtrip(c, x, jax.random.key(2)))
@@ -348,7 +405,32 @@ class TestThreshold:
         assert (y**2).sum() > 0.85 * (exact**2).sum()
 
 
+class TestStochasticRounding:
+    def test_whole_numbers_stay(self):
+        v = jnp.array([127.0, 0.0, 32767.0, -5.0, 0.5, -0.25])
+        assert _noise.rounded(v, 1 - 2.0**-24).tolist() == [127, 0, 32767, -5, 1, 0]
+        assert _noise.rounded(v, 0.0).tolist() == [127, 0, 32767, -5, 0, -1]
+
+    @pytest.mark.parametrize(
+        "c", [C.qsgd(32_767, None, norm="max"), C.quantize(8, None, rounding="stochastic")]
+    )
+    def test_zeros_are_exact_beside_other_values(self, c):
+        x = np.zeros(1 << 20, np.float32)
+        x[7] = 1.0
+        assert np.flatnonzero(roundtrip(c, x, jax.random.key(1))).tolist() == [7]
+
+
 class TestQuantize:
+    @pytest.mark.parametrize("block_size", [None, 4])
+    def test_one_bit_chunks_leave_padding_out(self, block_size):
+        x, c = gaussian(21), C.quantize(1, block_size)
+        chunks = jnp.pad(jnp.asarray(x), (0, 3)).reshape(3, 8)
+        each = jax.vmap(lambda p: c.decode(p, 8))
+        fast = functools.partial(jax.jit, compiler_options=FAST_COMPILE)
+        decoded = fast(lambda x: each(c.encode_chunks(x, size=21)))(chunks).reshape(-1)[:21]
+        expected = [roundtrip(c, x[i : i + 8]) for i in range(0, 21, 8)]
+        np.testing.assert_allclose(decoded, np.concatenate(expected), rtol=1e-6)
+
     def test_block_error_figures(self):
         """Sheet ZeRO++ A6: INT8 relative error .0207 / .0082 / .0070, INT4 .252 / .131 / .112."""
         scales = np.repeat([0.02, 0.05, 0.005, 0.2], 250_000).astype(np.float32)
@@ -503,7 +585,9 @@ class TestDct:
         (lambda: C.cast(jnp.int8), "dtype must be one of"),
         (lambda: C.cast("float4"), "dtype must be one of"),
         (lambda: C.sign("linf"), "'l1' or 'l2', got 'linf'"),
-        (lambda: C.sign(block_size=0), "block_size must be at least 1"),
+        (lambda: C.sign(block_size=0), "block_size must be a whole number, at least 1, got 0"),
+        (lambda: C.sign(block_size=2.5), "sign: block_size must be .* at least 1, got 2.5"),
+        (lambda: C.block_top_k(0.1, block_size=2.5), "block_top_k: block_size .* got 2.5"),
         (lambda: C.top_k(), "exactly one of fraction and k"),
         (lambda: C.top_k(0.1, k=3), "exactly one of fraction and k"),
         (lambda: C.top_k(0.0), r"fraction must be in \(0, 1\], got 0.0"),
@@ -512,17 +596,24 @@ class TestDct:
         (lambda: C.block_top_k(k=65, block_size=64), "at most block_size=64, got 65"),
         (lambda: C.rand_k(-0.1), "rand_k: fraction"),
         (lambda: C.threshold_top_k(0.1, sample=0), "sample must be in"),
-        (lambda: C.quantize(9), "bits must be an integer from 1 to 8, got 9"),
+        (lambda: C.quantize(9), "bits must be a whole number from 1 to 8, got 9"),
+        (lambda: C.learn_levels(jnp.ones(3), 2.5), "learn_levels: bits .* got 2.5"),
+        (lambda: C.learn_levels(jnp.ones(3), 2, block_size=0), "learn_levels: block_size .* got 0"),
+        (lambda: C.learn_levels(jnp.ones(3), 2, samples=0), "learn_levels: samples .* got 0"),
         (lambda: C.quantize(4, 0), "block_size"),
         (lambda: C.quantize(4, rounding="up"), "rounding must be"),
         (lambda: C.quantize(4, scheme="affine"), "scheme must be"),
         (lambda: C.quantize(1, scheme="minmax", levels=(0.5, 0.1)), "2 increasing numbers"),
         (lambda: C.quantize(2, levels=(0, 0.2, 0.5, 1)), "scheme='minmax'"),
-        (lambda: C.qsgd(0), "levels must be from 1"),
+        (lambda: C.qsgd(0), "levels must be a whole number from 1 to 32767, got 0"),
+        (lambda: C.qsgd(2.5), "qsgd: levels .* got 2.5"),
         (lambda: C.qsgd(7, norm="l1"), "'l2' or 'max'"),
-        (lambda: C.natural_dithering(101), "levels must be from 1 to 100"),
-        (lambda: C.kmeans(1), "k must be from 2 to 256"),
-        (lambda: C.dct_top_k(65, 64), "from 1 to chunk=64, got 65"),
+        (lambda: C.natural_dithering(101), "levels must be a whole number from 1 to 100"),
+        (lambda: C.kmeans(1), "k must be a whole number from 2 to 256, got 1"),
+        (lambda: C.kmeans(3, 1.5), "kmeans: iterations .* got 1.5"),
+        (lambda: C.dct_top_k(1.5), "dct_top_k: k .* got 1.5"),
+        (lambda: C.dct_top_k(1, 2.5), "dct_top_k: chunk .* got 2.5"),
+        (lambda: C.dct_top_k(65, 64), "k must be a whole number from 1 to 64, got 65"),
         (lambda: C.compose(C.sign(), C.quantize(2)), "sparsifier must be a sparse"),
         (lambda: C.compose(C.top_k(0.1), C.top_k(0.1)), "quantizer must be a dense compressor"),
     ],
@@ -530,6 +621,24 @@ class TestDct:
 def test_construction_errors_name_the_rule(make, match):
     with pytest.raises(ValueError, match=match):
         make()
+
+
+def test_whole_floats_are_integers():
+    pairs = [
+        (C.top_k(k=4.0), C.top_k(k=4)),
+        (C.rand_k(k=4.0), C.rand_k(k=4)),
+        (C.block_top_k(k=4.0, block_size=32.0), C.block_top_k(k=4, block_size=32)),
+        (C.sign(block_size=16.0), C.sign(block_size=16)),
+        (C.quantize(8.0, np.float32(32)), C.quantize(8, 32)),
+        (C.qsgd(7.0, 32.0), C.qsgd(7, 32)),
+        (C.natural_dithering(7.0), C.natural_dithering(7)),
+        (C.kmeans(3.0, 2.0), C.kmeans(3, 2)),
+        (C.dct_top_k(2.0, 64.0), C.dct_top_k(2, 64)),
+        (C.ternary(32.0), C.ternary(32)),
+        (C.fp4_e3m0(32.0), C.fp4_e3m0(32)),
+    ]
+    for floats, integers in pairs:
+        assert repr(floats) == repr(integers)
 
 
 def test_every_factory_gives_a_compressor():

@@ -13,7 +13,7 @@ import jaxcomm
 from jaxcomm import collectives
 from jaxcomm.collectives import choose_exchange, exchange_bytes, exchange_hops, exchange_mean
 from jaxcomm.collectives.exchange import server_error_size
-from jaxcomm.compressors import cast, identity, quantize, rand_k, sign, top_k
+from jaxcomm.compressors import cast, compose, identity, quantize, rand_k, sign, top_k
 from jaxcomm.traffic import count
 
 N = 8
@@ -90,6 +90,27 @@ def test_choice_by_bytes_and_latency():
     assert choose_exchange(sign(), big, (8, 4), candidates=ways, **links) == "hierarchical"
     links["bandwidth"] = (1e8, 1e8)
     assert choose_exchange(sign(), big, (8, 4), candidates=ways, **links) == "two_phase"
+
+
+@pytest.mark.parametrize(
+    "codec", [rand_k(0.1, scaled=True), compose(rand_k(0.5), quantize(4))], ids=str
+)
+def test_random_masks_are_drawn_once(codec):
+    """Two-phase and ring, cheaper here, would draw another one at each hop."""
+    size, links = 10_000_000, {"latency": (1e-6, 1e-4), "bandwidth": (1e11, 1e8)}
+    assert choose_exchange(codec, size, N) in ("gather", "dense")
+    assert server_error_of("auto", codec, size) == 0
+    slow = exchange_hops("hierarchical", codec, size, (2, N))[1:-1]
+    assert [hop.collective for hop in slow] == ["all-gather"]
+    ways = ("two_phase", "hierarchical")
+    assert choose_exchange(codec, size, (2, N), candidates=ways, **links) == "hierarchical"
+    assert choose_exchange(codec, size, N, candidates=ways[:1]) == "two_phase"  # asked for
+
+
+def server_error_of(way, codec, size):
+    """What `server_error_size` gives N workers, 0 for None."""
+    run = lambda x: x + (server_error_size(way, codec, size, "workers") or 0)
+    return jax.vmap(run, axis_name="workers")(jnp.zeros(N))[0]
 
 
 def test_choice_that_is_impossible():
@@ -261,8 +282,6 @@ def test_state_does_not_depend_on_buckets():
     for way in ("gather", "two_phase", "auto"):
         assert shapes(None, way) == shapes(100, way)
     assert shapes(None, "two_phase").server_error.shape == (N, 26)
-    size = lambda way: jax.vmap(
-        lambda x: x + (server_error_size(way, sign(), 10**7, "workers") or 0), axis_name="workers"
-    )(jnp.zeros(N))[0]
+    size = lambda way: server_error_of(way, sign(), 10**7)
     assert size("auto") == size("two_phase") == 10**7 / N
     assert size("gather") == 0

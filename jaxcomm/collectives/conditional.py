@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxcomm.collectives import axis
 
 SCOPE = "jaxcomm.cond."  # the name scope that carries a conditional's name into the program
+APART = "cond: the predicate differs between the workers"
 
 
 class Choices:
@@ -57,9 +58,8 @@ def cond(pred: jax.Array, true_fn: Callable, false_fn: Callable, *operands):
     """
     if differs := axis.varying_axes(pred):
         raise ValueError(
-            "cond: the predicate differs between the workers of axis "
-            f"{', '.join(sorted(differs))}; agree on one first (collectives.all_max), or choose "
-            "with jnp.where"
+            f"{APART} of axis {', '.join(sorted(differs))}; agree on one first "
+            "(collectives.all_max), or choose with jnp.where"
         )
     choices = _choices.get()
     if choices is not None and choices.trace is not axis.current_trace():

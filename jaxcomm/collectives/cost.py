@@ -22,6 +22,7 @@ from absl import logging
 from jaxcomm.collectives.means import chunk_size
 from jaxcomm.compressors._identity import Identity
 from jaxcomm.compressors.base import Compressor
+from jaxcomm.compressors.sparse import Sparsifier
 
 EXCHANGES = ("gather", "two_phase", "ring", "dense", "hierarchical", "auto")
 
@@ -96,7 +97,7 @@ def _hierarchical_hops(compressor, size: int, workers: Workers) -> tuple[Hop, ..
 def slow_exchange(compressor: Compressor, shard: int, workers: int) -> str:
     """What a hierarchical exchange does on the slow axis: 'gather' or 'ring', by bytes."""
     sent = lambda name: sum(h.sent_bytes for h in exchange_hops(name, compressor, shard, workers))
-    return min(_possible(("gather", "ring"), sent), key=sent)
+    return min(_possible(compressor, ("gather", "ring"), sent), key=sent)
 
 
 def exchange_bytes(
@@ -140,7 +141,8 @@ def choose_exchange(
         the hierarchical one uses the slow one.
       bandwidth: bytes a second that a worker sends; one, or (fast, slow).
       candidates: exchanges to choose from. Those that the codec cannot do (top_k(k=...) on a
-        chunk of fewer elements) are left out.
+        chunk of fewer elements) are left out, and for random masks (`rand_k`) those that code
+        partial results again, under another mask, unless there are no others.
 
     Raises:
       ValueError: latency < 0, bandwidth <= 0, or no candidate is possible.
@@ -164,13 +166,15 @@ def choose_exchange(
             total += hop.messages * latencies[link] + hop.sent_bytes / rates[link]
         return total
 
-    return min(_possible(candidates, seconds), key=seconds)
+    return min(_possible(compressor, candidates, seconds), key=seconds)
 
 
-def _possible(candidates: Sequence[str], cost) -> list[str]:
-    """The candidates whose cost can be computed, in order."""
-    out, reason = [], None
-    for name in candidates:
+def _possible(compressor: Compressor, candidates: Sequence[str], cost) -> list[str]:
+    """The candidates that suit the codec and whose cost can be computed, in order."""
+    out, reason, suited = [], None, candidates
+    if isinstance(compressor, Sparsifier) and compressor.shared_key:
+        suited = [name for name in candidates if name not in ("two_phase", "ring")] or candidates
+    for name in suited:
         try:
             cost(name)
         except ValueError as error:

@@ -23,8 +23,9 @@ def flatten(tree) -> tuple[jax.Array, Callable]:
     """Concatenates the leaves, in tree order, into one float32 vector of shape (d,).
 
     Returns:
-      the vector, and `unflatten(vector, dtype=None)`, which gives the tree back: leaves have the
-      original shapes and the original dtypes, or `dtype` where that is given.
+      the vector (of no elements it is a constant, the same on all workers), and
+      `unflatten(vector, dtype=None)`, which gives the tree back: leaves have the original shapes
+      and the original dtypes, or `dtype` where that is given.
 
     Raises:
       TypeError: a leaf is not a real floating-point array.
@@ -35,7 +36,7 @@ def flatten(tree) -> tuple[jax.Array, Callable]:
     own = [(leaf.shape, leaf.dtype) for leaf in leaves]
     sizes = [math.prod(shape) for shape, _ in own]
     flat = [lax.reshape(leaf.astype(jnp.float32), (n,)) for leaf, n in zip(leaves, sizes)]
-    vector = _join(flat) if flat else jnp.zeros((0,), jnp.float32)
+    vector = _join(flat) if any(sizes) else jnp.zeros((0,), jnp.float32)
 
     def unflatten(vector: jax.Array, dtype=None):
         parts = _cut(vector, sizes) if own else []

@@ -8,6 +8,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from jaxcomm.compressors.base import require_whole
+
 
 def block_rows(x: jax.Array, block_size: int | None) -> list[jax.Array]:
     """The whole blocks as rows (n, block), and a short last one as (1, rest)."""
@@ -53,6 +55,18 @@ def expand(per_block: jax.Array, size: int, block_size: int | None) -> jax.Array
     return spread.reshape(-1)[:size]
 
 
+def true_counts(shape: tuple[int, int], block_size: int | None, size: int | jax.Array) -> jax.Array:
+    """Elements of each block of each of n rows of c that are of a vector of `size`: (n, blocks).
+
+    The rows make up the vector; the rest of them is padding. Without blocks a row is one.
+    """
+    n, c = shape
+    true = jnp.clip(size - jnp.arange(n) * c, 0, c)[:, None]
+    if block_size is None:
+        return true
+    return jnp.clip(true - jnp.arange(0, c, block_size), 0, block_size)
+
+
 def widest(size: int, block_size: int | None) -> int:
     """Elements of the largest block, at least 1."""
     return max(1, min(block_size or size, size))
@@ -77,7 +91,6 @@ def inverse(scale: jax.Array) -> jax.Array:
     return jnp.where(scale == 0, 0.0, 1.0 / jnp.where(scale == 0, 1.0, scale))
 
 
-def check_block_size(name: str, block_size: int | None) -> None:
-    """`block_size` is None or at least 1."""
-    if block_size is not None and block_size < 1:
-        raise ValueError(f"{name}: block_size must be at least 1 or None, got {block_size}")
+def check_block_size(name: str, block_size: int | None) -> int | None:
+    """`block_size` as an int of at least 1, or None."""
+    return None if block_size is None else require_whole(f"{name}: block_size", block_size, 1)

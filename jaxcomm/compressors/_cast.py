@@ -91,7 +91,8 @@ def cast(dtype, *, scaled: bool | None = None) -> Cast:
 
     With unit roundoff u (2^-8 for bfloat16, 2^-11 float16, 2^-4 e4m3, 2^-3 e5m2) the contraction
     is :math:`\alpha = 1 - u^2` minus what underflows: :math:`d\,t^2` with t the ratio of half the
-    smallest step to the largest coordinate (scaled formats only; bfloat16 has float32's range).
+    smallest step to the largest coordinate (scaled formats only). bfloat16 has float32's range but
+    for its ends: beyond 3.39e38 it is infinite, below 1.2e-38 zero.
 
     Args:
       dtype: `bfloat16`, `float16`, `float8_e4m3fn` or `float8_e5m2`, as a dtype or its name

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcomm.compressors._top_k import BlockTopK
-from jaxcomm.compressors.base import Payload
+from jaxcomm.compressors.base import Payload, require_whole
 from jaxcomm.compressors.sparse import Sparsifier
 
 
@@ -79,7 +79,7 @@ def dct_top_k(k: int, chunk: int = 64) -> DctTopK:
       A deterministic compressor of k (4 + log2(chunk) / 8) bytes a chunk.
 
     Raises:
-      ValueError: If not 1 <= k <= chunk.
+      ValueError: If they are not whole or not 1 <= k <= chunk.
 
     Example:
       >>> import jax.numpy as jnp, jaxcomm.compressors as compressors
@@ -90,6 +90,5 @@ def dct_top_k(k: int, chunk: int = 64) -> DctTopK:
     References:
       Peng, Quesnelle, Kingma, DeMo: Decoupled Momentum Optimization, arXiv 2411.19870.
     """
-    if not 1 <= k <= chunk:
-        raise ValueError(f"dct_top_k: k must be from 1 to chunk={chunk}, got {k}")
-    return DctTopK(k, chunk)
+    chunk = require_whole("dct_top_k: chunk", chunk, 1)
+    return DctTopK(require_whole("dct_top_k: k", k, 1, chunk), chunk)

@@ -77,5 +77,4 @@ def fp4_e3m0(block_size: int | None = None) -> Fp4E3M0:
     References:
       Douillard et al., Streaming DiLoCo, arXiv 2501.18512.
     """
-    check_block_size("fp4_e3m0", block_size)
-    return Fp4E3M0(block_size)
+    return Fp4E3M0(check_block_size("fp4_e3m0", block_size))

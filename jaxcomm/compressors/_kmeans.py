@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcomm.compressors import packing
-from jaxcomm.compressors.base import Compressor, Payload
+from jaxcomm.compressors.base import Compressor, Payload, require_whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,8 +101,5 @@ def kmeans(k: int = 3, iterations: int = 4, *, pin_zero: bool = True) -> KMeans:
     References:
       Malekijoo et al., FedZip, arXiv 2102.01593.
     """
-    if not 2 <= k <= 256:
-        raise ValueError(f"kmeans: k must be from 2 to 256, got {k}")
-    if iterations < 0:
-        raise ValueError(f"kmeans: iterations must be at least 0, got {iterations}")
-    return KMeans(k, iterations, pin_zero)
+    k = require_whole("kmeans: k", k, 2, 256)
+    return KMeans(k, require_whole("kmeans: iterations", iterations, 0), pin_zero)

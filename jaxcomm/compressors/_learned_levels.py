@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcomm.compressors._blocks import expand, inverse, reduce_blocks
+from jaxcomm.compressors._blocks import check_block_size, expand, inverse, reduce_blocks
+from jaxcomm.compressors.base import require_whole
 
 
 def learn_levels(
@@ -38,7 +39,7 @@ def learn_levels(
       2^bits increasing numbers in [0, 1].
 
     Raises:
-      ValueError: If `bits` is not 1 to 8, or `levels` has another length than 2^bits.
+      ValueError: If an argument is out of its range, or `levels` has another length than 2^bits.
 
     Example:
       >>> import jax.numpy as jnp, jaxcomm.compressors as compressors
@@ -49,15 +50,16 @@ def learn_levels(
       Markov et al., Quantized Distributed Training of Large Models with Convergence Guarantees,
       arXiv 2302.02390.
     """
-    if bits not in range(1, 9):
-        raise ValueError(f"learn_levels: bits must be an integer from 1 to 8, got {bits!r}")
+    bits = require_whole("learn_levels: bits", bits, 1, 8)
+    samples = require_whole("learn_levels: samples", samples, 1)
+    block = check_block_size("learn_levels", block_size)
     start = jnp.linspace(0.0, 1.0, 2**bits) if levels is None else jnp.asarray(levels, jnp.float32)
     if start.shape != (2**bits,):
         raise ValueError(f"learn_levels: levels must have {2**bits} entries, got {start.shape[0]}")
     flat = jnp.asarray(x, jnp.float32).reshape(-1)
-    low = reduce_blocks(lambda rows: rows.min(1), flat, block_size)
-    width = reduce_blocks(lambda rows: rows.max(1), flat, block_size) - low
-    to_all = lambda part: expand(part, flat.shape[0], block_size)
+    low = reduce_blocks(lambda rows: rows.min(1), flat, block)
+    width = reduce_blocks(lambda rows: rows.max(1), flat, block) - low
+    to_all = lambda part: expand(part, flat.shape[0], block)
     values = (flat - to_all(low)) * to_all(inverse(width))
     values = values[:: -(-values.shape[0] // samples)] if values.shape[0] else values
     fitted = np.sort(np.asarray(_descend(start, values, learning_rate), np.float64))

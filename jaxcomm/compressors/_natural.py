@@ -140,6 +140,5 @@ def natural_dithering(
     References:
       Horvath et al., Natural Compression for Distributed Deep Learning, arXiv 1905.10988.
     """
-    check_levels_and_norm("natural_dithering", levels, norm, 100)
-    check_block_size("natural_dithering", block_size)
-    return NaturalDithering(levels, block_size, norm)
+    levels = check_levels_and_norm("natural_dithering", levels, norm, 100)
+    return NaturalDithering(levels, check_block_size("natural_dithering", block_size), norm)

@@ -20,6 +20,15 @@ def uniform(key: jax.Array, size: int) -> jax.Array:
     return (bits(key, size) >> 8).astype(jnp.int32).astype(jnp.float32) * 2.0**-24
 
 
+def rounded(v: jax.Array, noise: jax.Array) -> jax.Array:
+    """floor(v + noise) for noise in [0, 1), so that a whole v stays as it is.
+
+    Not by that sum, which float32 rounds: 127 + (1 - 2^-24) is 128.
+    """
+    low = jnp.floor(v)
+    return jnp.where(noise + (v - low) >= 1, low + 1, low)
+
+
 def _mix(h: jax.Array) -> jax.Array:
     h = (h ^ (h >> 16)) * jnp.uint32(0x7FEB352D)
     h = (h ^ (h >> 15)) * jnp.uint32(0x846CA68B)

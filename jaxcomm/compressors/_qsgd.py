@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jaxcomm.compressors import _noise, packing
 from jaxcomm.compressors._blocks import check_block_size, expand, inverse, norms, widest
-from jaxcomm.compressors.base import Compressor, Payload, require_key
+from jaxcomm.compressors.base import Compressor, Payload, require_key, require_whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,8 +31,9 @@ class Qsgd(Compressor):
         noise = _noise.uniform(require_key(key, "qsgd"), x.shape[0])
         norm = norms(x, self.block_size, self.norm)
         v = x * expand(inverse(norm) * self.levels, x.shape[0], self.block_size)
-        # floor(v + u) of a signed v is the rule for |v| with its sign put back.
-        codes = jnp.clip(v + (noise + self.levels), 0, 2 * self.levels).astype(jnp.int32)
+        # Rounding a signed v is the rule for |v| with its sign put back.
+        codes = _noise.rounded(v, noise) + self.levels
+        codes = jnp.clip(codes, 0, 2 * self.levels).astype(jnp.int32)
         return {"values": packing.pack(codes, self.bits), "scale": norm}
 
     def decode(self, payload: Payload, size: int) -> jax.Array:
@@ -46,11 +47,11 @@ class Qsgd(Compressor):
         return min(d / s**2 if self.norm == "l2" else (d - 1) / (4 * s**2), math.sqrt(d) / s)
 
 
-def check_levels_and_norm(name: str, levels: int, norm: str, most: int) -> None:
-    if not 1 <= levels <= most:
-        raise ValueError(f"{name}: levels must be from 1 to {most}, got {levels}")
+def check_levels_and_norm(name: str, levels: int, norm: str, most: int) -> int:
+    """`levels` as an int from 1 to `most`."""
     if norm not in ("l2", "max"):
         raise ValueError(f"{name}: norm must be 'l2' or 'max', got {norm!r}")
+    return require_whole(f"{name}: levels", levels, 1, most)
 
 
 def qsgd(levels: int = 127, block_size: int | None = 512, *, norm: str = "l2") -> Qsgd:
@@ -82,6 +83,5 @@ def qsgd(levels: int = 127, block_size: int | None = 512, *, norm: str = "l2") -
       Alistarh et al., QSGD: Communication-Efficient SGD via Gradient Quantization and Encoding,
       arXiv 1610.02132.
     """
-    check_levels_and_norm("qsgd", levels, norm, 32_767)
-    check_block_size("qsgd", block_size)
-    return Qsgd(levels, block_size, norm)
+    levels = check_levels_and_norm("qsgd", levels, norm, 32_767)
+    return Qsgd(levels, check_block_size("qsgd", block_size), norm)

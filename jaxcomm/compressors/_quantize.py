@@ -31,9 +31,10 @@ from jaxcomm.compressors._blocks import (
     inverse,
     largest,
     reduce_blocks,
+    true_counts,
     widest,
 )
-from jaxcomm.compressors.base import Compressor, Payload, require_key
+from jaxcomm.compressors.base import Compressor, Payload, require_key, require_whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +66,21 @@ class Quantize(Compressor):
         to_all = lambda part: expand(part, size, self.block_size)
         value = self._value(codes, payload.get("shift")) * to_all(payload["scale"])
         return value + to_all(payload["offset"]) if "offset" in payload else value
+
+    def encode_chunks(
+        self, chunks: jax.Array, key: jax.Array | None = None, size: int | None = None
+    ) -> Payload:
+        """As every codec; a mean magnitude leaves padding out."""
+        payload = super().encode_chunks(chunks, key, size)
+        if self._by_mean and size is not None:
+            counts = [true_counts(chunks.shape, self.block_size, s) for s in (chunks.size, size)]
+            payload["scale"] *= counts[0] / jnp.maximum(counts[1], 1)
+        return payload
+
+    @property
+    def _by_mean(self) -> bool:
+        """Whether a scale is a mean magnitude, not a maximum."""
+        return self.bits == 1 and self.rounding == "nearest" and self.scheme == "symmetric"
 
     def alpha(self, size: int) -> float | None:
         """Nearest rounding: the worst case over all vectors, None where there is none."""
@@ -109,7 +125,7 @@ class Quantize(Compressor):
         of_blocks = lambda fn: reduce_blocks(fn, x, self.block_size)
         if self.scheme == "symmetric" and self.rounding != "nearest":
             return largest(x, self.block_size) * (1.0 / self._zero()), None
-        if self.scheme == "symmetric" and self.bits == 1:
+        if self._by_mean:
             return of_blocks(lambda rows: jnp.abs(rows).mean(1)) * 2.0, None
         low, high = of_blocks(lambda rows: rows.min(1)), of_blocks(lambda rows: rows.max(1))
         if self.scheme == "symmetric":
@@ -136,7 +152,7 @@ class Quantize(Compressor):
         if self.scheme == "symmetric":
             v = v + self._zero()
         if noise is not None:
-            return jnp.clip(v + noise, 0, top).astype(jnp.int32).astype(jnp.uint8)
+            return jnp.clip(_noise.rounded(v, noise), 0, top).astype(jnp.int32).astype(jnp.uint8)
         # Adding 1.5 * 2^23 rounds half to even and leaves the integer in the low bits: half the
         # time of round and convert on CPU.
         near = jnp.clip(v, 0, top) + jnp.float32(1.5 * 2**23)
@@ -201,9 +217,8 @@ def quantize(
     References:
       Wang et al., ZeRO++, arXiv 2306.10209; Markov et al., QSDP, arXiv 2302.02390.
     """
-    if bits not in range(1, 9):
-        raise ValueError(f"quantize: bits must be an integer from 1 to 8, got {bits!r}")
-    check_block_size("quantize", block_size)
+    bits = require_whole("quantize: bits", bits, 1, 8)
+    block_size = check_block_size("quantize", block_size)
     if rounding not in ("nearest", "stochastic", "shift"):
         raise ValueError(
             f"quantize: rounding must be 'nearest', 'stochastic' or 'shift', got {rounding!r}"

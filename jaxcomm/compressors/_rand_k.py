@@ -69,7 +69,9 @@ def rand_k(fraction: float | None = None, *, k: int | None = None, scaled: bool 
 
     Unscaled it is a contraction in expectation, :math:`\alpha = k/d`; `scaled` multiplies by d/k,
     which makes it unbiased with :math:`\omega = d/k - 1`. Since all workers must draw the same
-    coordinates (`shared_key` is True), payloads carry an 8-byte seed in place of indices.
+    coordinates (`shared_key` is True), payloads carry an 8-byte seed in place of indices. Exchanges
+    that code a mean again ('two_phase', 'ring') draw others for it, and little or a much larger
+    variance is left: take 'gather', as 'auto' does.
 
     Args:
       fraction: Send k = ceil(fraction * d) of d coordinates, at least one; in (0, 1].
@@ -91,5 +93,4 @@ def rand_k(fraction: float | None = None, *, k: int | None = None, scaled: bool 
     References:
       Stich et al., Sparsified SGD with Memory, arXiv 1809.07599.
     """
-    check_fraction_or_k("rand_k", fraction, k)
-    return RandK(fraction, k, scaled)
+    return RandK(fraction, check_fraction_or_k("rand_k", fraction, k), scaled)

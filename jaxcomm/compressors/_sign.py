@@ -13,7 +13,13 @@ import jax
 import jax.numpy as jnp
 
 from jaxcomm.compressors import packing
-from jaxcomm.compressors._blocks import check_block_size, expand, norms, reduce_blocks
+from jaxcomm.compressors._blocks import (
+    check_block_size,
+    expand,
+    norms,
+    reduce_blocks,
+    true_counts,
+)
 from jaxcomm.compressors.base import Compressor, Payload
 
 
@@ -26,7 +32,7 @@ class Sign(Compressor):
 
     def encode(self, x: jax.Array, key: jax.Array | None = None) -> Payload:
         del key
-        counts = self._counts(x.shape[0], x.shape[0])
+        counts = true_counts((1, x.shape[0]), self.block_size, x.shape[0])[0]
         return {"values": _sign_bits(x), "scale": self._scales(x, counts)}
 
     def decode(self, payload: Payload, size: int) -> jax.Array:
@@ -45,8 +51,7 @@ class Sign(Compressor):
         if self.block_size is None:
             one = self._scales(chunks.reshape(-1), jnp.full((1,), size))
             return {"values": bits, "scale": jnp.broadcast_to(one, (n, 1))}
-        true = jnp.clip(size - jnp.arange(n) * c, 0, c)
-        counts = jax.vmap(lambda t: self._counts(c, t))(true)
+        counts = true_counts(chunks.shape, self.block_size, size)
         return {"values": bits, "scale": jax.vmap(self._scales)(chunks, counts)}
 
     def alpha(self, size: int) -> float | None:
@@ -54,13 +59,6 @@ class Sign(Compressor):
         if self.scale == "l2":
             return None
         return 1.0 / max(min(self.block_size or size, size), 1)
-
-    def _counts(self, size: int, true) -> jax.Array:
-        """Elements in each block of a vector of `size`, of which the first `true` are real."""
-        if self.block_size is None:
-            return jnp.full((1,), true)
-        starts = jnp.arange(0, size, self.block_size)
-        return jnp.clip(true - starts, 0, self.block_size)
 
     def _scales(self, x: jax.Array, counts: jax.Array) -> jax.Array:
         """One scale a block; padding is zero and must not be in `counts`."""
@@ -111,5 +109,4 @@ def sign(scale: str = "l1", block_size: int | None = None) -> Sign:
     """
     if scale not in ("l1", "l2"):
         raise ValueError(f"sign: scale must be 'l1' or 'l2', got {scale!r}")
-    check_block_size("sign", block_size)
-    return Sign(scale, block_size)
+    return Sign(scale, check_block_size("sign", block_size))

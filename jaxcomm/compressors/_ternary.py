@@ -77,7 +77,7 @@ def ternary(block_size: int | None = 256, threshold: float = 0.7) -> Ternary:
     References:
       Li, Zhang and Liu, Ternary Weight Networks, arXiv 1605.04711.
     """
-    check_block_size("ternary", block_size)
+    block_size = check_block_size("ternary", block_size)
     if not 0.0 <= threshold < 1.0:
         raise ValueError(f"ternary: threshold must be in [0, 1), got {threshold}")
     return Ternary(block_size, threshold)

@@ -2,8 +2,8 @@
 
 The threshold is the magnitude that a strided sample ranks at the wanted fraction (Deep Gradient
 Compression's rule: stride = 1 mod 32, random start); what reaches it is sent in a fixed number of
-slots, k = ceil(fraction d). Too few hits leave slots empty (value 0). Of too many, every
-(hits/k)-th in memory order is sent, so that no part of the vector is favoured.
+slots, k = ceil(fraction d). Too few hits leave slots empty (position and value 0). Of too many,
+every (hits/k)-th in memory order is sent, so that no part of the vector is favoured.
 Source: Lin et al., Deep Gradient Compression, arXiv 1712.01887 (hits beyond k: ours).
 """
 
@@ -58,8 +58,11 @@ class ThresholdTopK(Sparsifier):
         return jnp.maximum(kth_largest(sampled, rank), 1)  # zeros are no hits
 
     def positions(self, metadata: Payload, size: int) -> jax.Array:
-        bits = packing.index_bits(size)
-        return packing.unpack(metadata["indices"], bits, self.count(size)).astype(jnp.int32)
+        slots = self.count(size)
+        where = packing.unpack(metadata["indices"], packing.index_bits(size), slots)
+        # Positions rise: a 0 after the first is an empty slot, outside of the vector.
+        empty = (where == 0) & (jnp.arange(slots) > 0)
+        return jnp.where(empty, size, where.astype(jnp.int32))
 
 
 def spread(slot: jax.Array, hits: jax.Array, slots: int) -> jax.Array:
@@ -76,7 +79,9 @@ def threshold_top_k(fraction: float, *, sample: float = 0.01) -> ThresholdTopK:
     The cheap form of `top_k` for long vectors. The number of hits is random (some 12 % off with
     the smallest sample): with fewer than k hits these are exactly the largest coordinates and the
     other slots travel empty; with more, an even share of them is sent. There is no worst-case
-    contraction constant: it depends on how well the sample represents the vector.
+    contraction constant: it depends on how well the sample represents the vector. Under `compose`
+    the empty slots are zeros that decode to nothing, but that a quantizer's scale takes in: a mean
+    magnitude (`sign`, one bit) is that much smaller.
 
     Args:
       fraction: Slots and expected hits per coordinate; in (0, 1].

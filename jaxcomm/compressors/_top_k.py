@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jaxcomm.compressors import packing
 from jaxcomm.compressors._select import largest, largest_of_blocks
-from jaxcomm.compressors.base import Payload
+from jaxcomm.compressors.base import Payload, require_whole
 from jaxcomm.compressors.sparse import Sparsifier, check_fraction_or_k, kept
 
 
@@ -112,8 +112,7 @@ def top_k(fraction: float | None = None, *, k: int | None = None) -> TopK:
     References:
       Stich et al., Sparsified SGD with Memory, arXiv 1809.07599.
     """
-    check_fraction_or_k("top_k", fraction, k)
-    return TopK(fraction, k)
+    return TopK(fraction, check_fraction_or_k("top_k", fraction, k))
 
 
 def block_top_k(
@@ -144,9 +143,8 @@ def block_top_k(
       >>> c.roundtrip(jnp.array([1.0, -3.0, 2.0, 1.0, 0.5])).tolist()
       [0.0, -3.0, 2.0, 0.0, 0.5]
     """
-    check_fraction_or_k("block_top_k", fraction, k)
-    if block_size < 1:
-        raise ValueError(f"block_top_k: block_size must be at least 1, got {block_size}")
+    k = check_fraction_or_k("block_top_k", fraction, k)
+    block_size = require_whole("block_top_k: block_size", block_size, 1)
     if k is not None and k > block_size:
         raise ValueError(f"block_top_k: k must be at most block_size={block_size}, got {k}")
     return BlockTopK(fraction, k, block_size)

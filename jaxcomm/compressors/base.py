@@ -6,7 +6,9 @@ The keys name the part: `values`, `scale`, `indices`, ...; everything but `value
 """
 
 import abc
+import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +24,12 @@ class Compressor(abc.ABC):
       omega(size): variance of an unbiased codec,  E C(v) = v,  E||C(v) - v||^2 <= omega ||v||^2.
     """
 
+    def __init_subclass__(cls, **kwargs) -> None:
+        """Every `encode`, whoever wrote it, is given a float32 vector."""
+        super().__init_subclass__(**kwargs)
+        if "encode" in vars(cls):
+            cls.encode = _of_vector(cls.encode)
+
     @property
     def shared_key(self) -> bool:
         """True when every worker must draw with the same key (shared masks or shifts)."""
@@ -29,9 +37,15 @@ class Compressor(abc.ABC):
 
     @abc.abstractmethod
     def encode(self, x: jax.Array, key: jax.Array | None = None) -> Payload:
-        """Codes a finite float32 vector of shape (d,); `key` is only needed by random codecs.
+        """Codes a finite vector of shape (d,); `key` is only needed by random codecs.
 
-        What NaN and infinity decode to is unspecified (a code may hide them): check before.
+        Other dtypes (and NumPy's arrays) are cast to float32 first. The payload carries no
+        gradient. What NaN and infinity decode to is unspecified (a code may hide them): check
+        before. Codecs hold where the largest magnitude of the vector is zero or from 1e-33 to
+        1e30: beyond, a scale may underflow to zero or overflow.
+
+        Raises:
+          ValueError: If x is no vector.
         """
 
     @abc.abstractmethod
@@ -88,9 +102,29 @@ class Compressor(abc.ABC):
         return None
 
     def roundtrip(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        """decode(encode(x)) for an array of any shape and real dtype; keeps both."""
-        flat = x.astype(jnp.float32).reshape(-1)
-        return self.decode(self.encode(flat, key), flat.size).reshape(x.shape).astype(x.dtype)
+        """decode(encode(x)) for an array of any shape and real dtype; keeps both.
+
+        Its derivative is zero.
+        """
+        x = jnp.asarray(x)
+        y = self.decode(self.encode(x.reshape(-1), key), x.size)
+        return y.reshape(x.shape).astype(x.dtype)
+
+
+def _of_vector(encode: Callable[..., Payload]) -> Callable[..., Payload]:
+    """`encode` of x as a float32 vector that carries no gradient."""
+
+    @functools.wraps(encode)
+    def checked(self: Compressor, x: jax.Array, key: jax.Array | None = None) -> Payload:
+        x = jax.lax.stop_gradient(jnp.asarray(x, jnp.float32))
+        if x.ndim != 1:
+            raise ValueError(
+                f"encode: x must be a vector, of shape (d,), got shape {x.shape}; "
+                "roundtrip takes any shape"
+            )
+        return encode(self, x, key)
+
+    return checked
 
 
 def require_key(key: jax.Array | None, name: str) -> jax.Array:
@@ -103,3 +137,11 @@ def require_key(key: jax.Array | None, name: str) -> jax.Array:
 def whole(value, least: int) -> bool:
     """Whether it is a whole number (4.0 is, nan is not) and not below `least`."""
     return bool(value >= least and value % 1 == 0)
+
+
+def require_whole(name: str, value, least: int, most: int | None = None) -> int:
+    """The value as an int, or a clear error when it is not whole or not in its range."""
+    if not whole(value, least) or (most is not None and value > most):
+        rule = f", at least {least}" if most is None else f" from {least} to {most}"
+        raise ValueError(f"{name} must be a whole number{rule}, got {value}")
+    return int(value)

@@ -1,7 +1,8 @@
 """Lossless coders for quantizer symbols, on the host, for storage and upload; and FedZip.
 
 Lengths depend on the data, so these are no part of a compiled step. Each coder turns symbols
-0..k-1 into self-contained bytes and back, and the length of those bytes is the whole truth:
+0..k-1, k up to 65,535, into self-contained bytes and back, and the length of those bytes is the
+whole truth:
 
   huffman   canonical Huffman code; of the header only the k code lengths are needed
   position  all symbols but the most frequent, as positions of ceil(log2 n) bits
@@ -23,6 +24,7 @@ import numpy as np
 from jaxcomm.compressors import packing
 from jaxcomm.compressors._kmeans import kmeans
 from jaxcomm.compressors._top_k import top_k
+from jaxcomm.compressors.base import require_whole
 from jaxcomm.compressors.sparse import check_fraction_or_k
 
 _HEAD = "<IH"  # symbols, alphabet size
@@ -59,9 +61,19 @@ def _canonical(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return order, np.array(codes, np.uint64)
 
 
+def _flat(symbols: np.ndarray, k: int) -> np.ndarray:
+    """The symbols as a flat array, or a clear error when one is none of 0..k-1."""
+    symbols = np.asarray(symbols).reshape(-1)
+    k = require_whole("k", k, 1, 65_535)
+    if symbols.size and not (symbols.min() >= 0 and symbols.max() < k):
+        low, high = symbols.min(), symbols.max()
+        raise ValueError(f"symbols must be from 0 to k-1={k - 1}, got {low} to {high}")
+    return symbols
+
+
 def huffman_encode(symbols: np.ndarray, k: int) -> bytes:
     """Header, one length byte for each of the k symbols, and the code stream (high bits first)."""
-    symbols = np.asarray(symbols).reshape(-1)
+    symbols = _flat(symbols, k)
     lengths = huffman_lengths(np.bincount(symbols, minlength=k))
     order, ordered = _canonical(lengths)
     codes = np.zeros(k, np.uint64)
@@ -121,7 +133,7 @@ def _unpack(flat: np.ndarray, bits: int) -> np.ndarray:
 
 def _sparse_encode(symbols: np.ndarray, k: int, code: Callable) -> bytes:
     """Shared by position and gap: header, then for each rare symbol a count, a parameter, bits."""
-    symbols = np.asarray(symbols).reshape(-1)
+    symbols = _flat(symbols, k)
     common, rare = _rare(symbols, k)
     head, streams = struct.pack(_HEAD + "H", len(symbols), k, common), []
     for s in rare:
@@ -261,5 +273,5 @@ def fedzip(
     check_fraction_or_k("fedzip", fraction, None)
     if coder != "best" and coder not in CODERS:
         raise ValueError(f"fedzip: coder must be 'best' or one of {list(CODERS)}, got {coder!r}")
-    kmeans(clusters, iterations)  # checks them
-    return FedZip(fraction, clusters, iterations, coder)
+    clustering = kmeans(clusters, iterations)  # checks them
+    return FedZip(fraction, clustering.k, clustering.iterations, coder)

@@ -1,4 +1,4 @@
-"""What sparse codecs share: k values at k positions, and one scatter-add to sum n of them."""
+"""What sparse codecs share: k values at k positions, and scatter-adds to sum n of them."""
 
 import abc
 import math
@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxcomm.compressors.base import Compressor, Payload, whole
+from jaxcomm.compressors.base import Compressor, Payload, require_whole
 
 
 class Sparsifier(Compressor):
@@ -23,7 +23,10 @@ class Sparsifier(Compressor):
 
     @abc.abstractmethod
     def positions(self, metadata: Payload, size: int) -> jax.Array:
-        """int32 positions, shape (count,), of the kept values in the coded vector."""
+        """int32 positions, shape (count,), of the kept values in the coded vector.
+
+        A position of `coded_size` or more holds none: its value is dropped.
+        """
 
     def coded_size(self, size: int) -> int:
         """Length of the vector that `positions` points into."""
@@ -35,11 +38,25 @@ class Sparsifier(Compressor):
         return coded
 
     def place(self, values: jax.Array, metadata: Payload, size: int) -> jax.Array:
-        """The vector of shape (size,) with these values in place; n stacked parts are summed."""
+        """The vector of shape (size,) with these values in place; n stacked parts are summed.
+
+        One part after another: positions are then unique, and the sum does not depend on the order
+        in which an accelerator adds, so that replicas stay equal to the last bit.
+        """
+
+        def add(total, part):
+            where, values = part
+            return total.at[where].add(values, mode="drop", unique_indices=True), None
+
         locate = lambda m: self.positions(m, size)
-        where = jax.vmap(locate)(metadata) if values.ndim == 2 else locate(metadata)
-        zeros = jnp.zeros((self.coded_size(size),), jnp.float32)
-        return self.synthesize(zeros.at[where.reshape(-1)].add(values.reshape(-1)), size)
+        coded = jnp.zeros((self.coded_size(size),), jnp.float32)
+        if values.ndim == 1:
+            coded, _ = add(coded, (locate(metadata), values))
+        else:
+            where = jax.vmap(locate)(metadata)
+            coded, _ = add(coded, (where[0], values[0]))  # as varying as the others
+            coded, _ = lax.scan(add, coded, (where[1:], values[1:]))
+        return self.synthesize(coded, size)
 
     def encode(self, x: jax.Array, key: jax.Array | None = None) -> Payload:
         values, metadata = self.select(x, key)
@@ -59,14 +76,13 @@ class Sparsifier(Compressor):
         return self.place(weighted, metadata, size)
 
 
-def check_fraction_or_k(name: str, fraction: float | None, k: int | None) -> None:
-    """Exactly one of `fraction` in (0, 1] and a whole `k` >= 1."""
+def check_fraction_or_k(name: str, fraction: float | None, k: int | None) -> int | None:
+    """Exactly one of `fraction` in (0, 1] and a whole `k` >= 1; returns k as an int, or None."""
     if (fraction is None) == (k is None):
         raise ValueError(f"{name}: give exactly one of fraction and k, got {fraction=}, {k=}")
     if fraction is not None and not 0.0 < fraction <= 1.0:
         raise ValueError(f"{name}: fraction must be in (0, 1], got {fraction}")
-    if k is not None and not whole(k, 1):
-        raise ValueError(f"{name}: k must be a whole number, at least 1, got {k}")
+    return None if k is None else require_whole(f"{name}: k", k, 1)
 
 
 def kept(fraction: float | None, k: int | None, size: int) -> int:
