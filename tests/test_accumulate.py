@@ -61,7 +61,37 @@ def test_equals_the_large_batch_and_moves_bytes_once(name, way):
     assert sent[2] == full
 
 
+MIXED = {
+    "signum": (lambda: jaxcomm.signum(0.1, AXIS), jnp.bfloat16),
+    "zero_one_adam": (lambda: jaxcomm.zero_one_adam(0.1, AXIS), jnp.float32),
+    "float32 momentum": (
+        lambda: optax.sgd(0.1, momentum=0.9, accumulator_dtype=jnp.float32),
+        jnp.float32,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_updates_keep_the_dtype_of_the_chain(name):
+    """Whatever that of the gradients is."""
+    make, dtype = MIXED[name]
+    tx = jaxcomm.accumulate(make(), 2, AXIS)
+
+    def worker(g):
+        first, state = tx.update(g, tx.init(g), g)
+        return first, tx.update(g, state, g)[0]
+
+    g = jnp.ones((3, 4), jnp.bfloat16)
+    first, second = jax.jit(jax.vmap(worker, axis_name=AXIS))(g)
+    assert first.dtype == second.dtype == dtype
+    assert not first.any()
+    assert second.all()
+
+
 def test_refuses_no_steps():
     for every in (0, 2.5, float("nan")):
         with pytest.raises(ValueError, match=f"every must be whole and at least 1, got {every}"):
             jaxcomm.accumulate(optax.sgd(0.1), every, AXIS)
+    injected = optax.inject_hyperparams(jaxcomm.accumulate)(optax.sgd(0.1), 2, AXIS)
+    with pytest.raises(ValueError, match=r"every must .* name it in static_args"):
+        injected.init(jnp.zeros(3))

@@ -157,6 +157,16 @@ def test_trains():
     assert losses[-1] < 0.01 * losses[0]
 
 
+def test_after_an_average_over_another_axis():
+    """Along the other axis the messages may differ, says their type."""
+    chain = optax.chain(jaxcomm.average("chips"), demo(0.1, "hosts", k=3, chunk=4))
+    step = jaxcomm.make_train_step(
+        composition.loss_fn, chain, axis_name=("chips", "hosts"), simulate=(2, 3)
+    )
+    state = step.abstract_state(composition.PARAMS, jax.random.key(0))
+    assert state.opt_state[1].momentum["w"].shape == (6, 6, 5)
+
+
 @pytest.mark.slow
 def test_composes():
     composition.check_all(
@@ -173,7 +183,7 @@ def test_composes():
     [
         ({"decay": 1.0}, "decay must be in"),
         ({"k": 0}, "k must be a Python int"),
-        ({"chunk": jnp.int32(4)}, "list k and chunk in static_args"),
+        ({"chunk": jnp.int32(4)}, "chunk must be a Python number, .* name it in static_args"),
     ],
 )
 def test_arguments_are_checked(arguments, message):

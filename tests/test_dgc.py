@@ -221,7 +221,8 @@ def test_composes():
     ("arguments", "message"),
     [
         ({"fraction": 0.0}, "fraction must be in"),
-        ({"fraction": jnp.float32(0.1)}, "list it in static_args"),
+        ({"fraction": jnp.float32(0.1)}, "fraction must .* name it in static_args"),
+        ({"warmup_steps": jnp.int32(2)}, "warmup_steps must .* name it in static_args"),
         ({"momentum": 1.0}, "momentum must be in"),
         ({"clip_norm": 0.0}, "clip_norm must be positive"),
         ({"warmup_steps": 5, "warmup_fractions": (0.1, 0.2)}, "must fall"),

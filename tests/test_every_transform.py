@@ -159,6 +159,17 @@ def test_wide_numbers(name, dtype):
         assert all(x.dtype == dtype for x in jax.tree.leaves(state.params))
 
 
+@pytest.mark.parametrize("shape", [(6, 5), (5,)])
+@pytest.mark.parametrize("name", ["dgc", "demo"])
+def test_a_group_of_empty_leaves_is_replicated(name, shape):
+    """A leaf without elements, alone in the group that is compressed or that stays dense."""
+    loss = lambda params, batch, key: sum(jnp.sum(x) for x in params) * jnp.mean(batch)
+    step = jaxcomm.make_train_step(loss, METHODS[name].make(0.1), axis_name=AXIS, simulate=4)
+    params = [jnp.ones(shape), jnp.zeros((0, 3))]
+    state = step.abstract_state(params, jax.random.key(0))
+    assert [x.shape for x in state.params] == [shape, (0, 3)]
+
+
 def test_hyperparameters_can_be_scheduled():
     """Under inject_hyperparams: what no other test injects."""
     decay = optax.inject_hyperparams(jaxcomm.error_feedback)(

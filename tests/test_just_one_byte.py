@@ -226,6 +226,9 @@ def test_arguments_are_checked():
         make(clip=1.0, epsilon=-1.0)
     with pytest.raises(ValueError, match="samples must be at least 1, got 0"):
         make(clip=1.0, samples=0)
+    for dtype in ("int32", "bool"):
+        with pytest.raises(TypeError, match=rf"floating-point leaves .* {dtype} at \['n'\]"):
+            make(clip=1.0).init({**PARAMS, "n": jnp.ones(3, dtype)})
     job = make(clip=1.0, samples=3)
     with pytest.raises(ValueError, match="samples=3 must divide"):
         workers(job, 4)(job.init(PARAMS), BATCH)

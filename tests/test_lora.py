@@ -10,7 +10,7 @@ from composition import AXIS
 import jaxcomm
 from jaxcomm import leaves_named, lora_init, lora_merge, trainable
 from jaxcomm.compressors import identity, top_k
-from jaxcomm.sync import flasc, local_sgd, periodic
+from jaxcomm.sync import flasc, local_sgd, periodic, streaming
 from jaxcomm.traffic import traffic
 from jaxcomm.transforms import average, ef21, one_bit_adam, power_sgd
 from jaxcomm.transforms.common import Communication
@@ -74,6 +74,10 @@ def test_lora_starts_as_the_base_with_r_times_a_plus_b_parameters():
     assert sum(x.size for x in jax.tree.leaves(only)) == 20
     keys = [lora_init(BASE, 2, jax.random.key(s))["first"]["kernel"].a for s in (0, 1)]
     assert (keys[0] != keys[1]).any()
+    with jax.enable_x64(True):
+        wide = lora_init(BASE, 2, jax.random.key(0))["first"]["kernel"]
+    assert wide.a.dtype == wide.b.dtype == jnp.float32
+    np.testing.assert_array_equal(wide.a, keys[0])
 
 
 @pytest.mark.parametrize("where", ["lora tree alone", "one tree"])
@@ -127,6 +131,16 @@ def test_local_sgd_of_a_part_meets_with_its_bytes_only():
     np.testing.assert_array_equal(own[0], own[-1])
     plain = train(whole_loss, BASE, inner, sync=local_sgd(AXIS, 4), steps=12)[1]
     np.testing.assert_allclose(own, plain.params["head"]["kernel"], rtol=1e-5, atol=1e-6)
+
+
+def test_streaming_of_a_part_meets_with_its_bytes_only():
+    """A fragment in which nothing matches has nothing to send; a name in no fragment is refused."""
+    named = lambda pattern: streaming(trainable(average(AXIS), leaves_named(pattern)), 4, 2)
+    inner = trainable(optax.sgd(0.1), leaves_named("head"))
+    step, state, _ = train(whole_loss, BASE, inner, sync=named("head"), steps=4)
+    assert payload(step, state) == 2 * (N - 1) / N * 4 * (6 + 48)
+    with pytest.raises(ValueError, match="no leaf matches 'tail'; there are first/bias"):
+        train(whole_loss, BASE, inner, sync=named("tail"), steps=0)
 
 
 def lora_run(sync, steps=24):

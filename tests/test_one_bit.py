@@ -325,6 +325,18 @@ def test_zero_one_adam_means_the_momenta_of_a_round():
     np.testing.assert_allclose(state.mu[0, 30], sum(window) / weight, rtol=1e-4, atol=1e-6)
 
 
+def test_zero_one_adam_meets_only_after_moves():
+    """Rates of zero in every fourth step: what the memories hold is applied or still held."""
+    rate = lambda t: jnp.where(t % 4 == 3, 0.0, LR)
+    tx = zero_one_adam(rate, AXIS, b1=0.0, variance_stop=1, max_update=math.inf)
+    x, state, g = trajectory(tx, 30)
+    moved = -(state.anchor[0, -1] - x[0, 0]) * np.abs(g[:, 0].mean(0))  # v stays that of step 0
+    held = state.error[:, -1].mean(0) + state.server_error[:, -1].reshape(-1)
+    sums = (np.asarray(rate(np.arange(29)))[:, None] * g[:, :-1].mean(0)).sum(0)
+    np.testing.assert_allclose(moved + held, sums, atol=1e-5)
+    assert (np.diff(state.next_sync[0, 3:7]) == [0, 2, 1]).all()  # the fourth step waits
+
+
 def test_zero_one_adam_is_safe_on_a_noiseless_quadratic():
     options = {"sync_every": 4, "variance_stop": 100}
     make = functools.partial(zero_one_adam, axis_name=AXIS, **options)
@@ -524,6 +536,18 @@ def test_inject_hyperparams():
 
 
 @pytest.mark.parametrize(
+    ("options", "static"), [({"freeze_step": 2}, ()), ({}, ("variance_window",))]
+)
+def test_a_window_under_inject_hyperparams(options, static):
+    """It may be injected where the freeze is given, and b2 where the window is static."""
+    injected = optax.inject_hyperparams(one_bit_adam, static_args=static)
+    tx = injected(0.05, AXIS, variance_window=3, **options)
+    step = jaxcomm.make_train_step(composition.loss_fn, tx, axis_name=AXIS, simulate=2)
+    state = step.abstract_state(composition.PARAMS, jax.random.key(0))
+    step.trace(state, composition.batch(0))
+
+
+@pytest.mark.parametrize(
     "name", ["one_bit_adam", pytest.param("one_bit_lamb", marks=pytest.mark.slow), "zero_one_adam"]
 )
 def test_saved_and_resumed_and_a_nan(name):
@@ -557,7 +581,8 @@ def test_saved_and_resumed_and_a_nan(name):
         ({"b1": 1.0}, r"b1 must be in \[0, 1\), got 1.0"),
         ({"max_update": 0.0}, "max_update must be positive, got 0.0"),
         ({"variance_window": 0}, "variance_window must be at least 1, got 0"),
-        ({"b2": jnp.float32(0.9)}, "needs a fixed b2"),
+        ({"b2": jnp.float32(0.9)}, r"b2 \(without freeze_step .* name it in static_args"),
+        ({"variance_window": jnp.int32(3)}, "variance_window .* name it in static_args"),
     ],
 )
 def test_arguments_are_checked(options, message):

@@ -122,7 +122,10 @@ def test_exact_on_low_rank_and_batched_leaves_keep_their_scale():
 
 
 def test_full_rank_is_the_mean():
+    """Also after a step in which a leaf, or columns of one, have no gradient."""
     tx, grads = power_sgd(10**6, AXIS, min_compression_rate=0), gradients(3)
+    grads["a"] = grads["a"].at[:, 0, :, 2:5].set(0)
+    grads["b"] = grads["b"].at[:, 0].set(0)
     out, state = directions(tx, grads)
     for name, u in out.items():
         np.testing.assert_allclose(u[0], np.mean(grads[name], 0), rtol=1e-4, atol=1e-5)
@@ -139,6 +142,19 @@ def test_zero_gradients_do_no_harm():
     assert not out["b"].any()
     assert not out["a"][:, :2].any()
     assert out["a"][:, 2:].any()
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+@pytest.mark.parametrize("factors", [None, jaxcomm.quantize(8, 16)], ids=["floats", "codes"])
+def test_a_zero_gradient_does_not_end_the_search(factors, rank):
+    """Only the last rows have a gradient, of rank 1; in the first step nothing has."""
+    matrix = np.zeros((1, 5, 12, 10))
+    matrix[:, 1:, 8:] = np.outer(RNG.normal(size=4), RNG.normal(size=10))
+    grads = {"a": jnp.asarray(np.repeat(matrix, N, 0), jnp.float32)}
+    tx = power_sgd(rank, AXIS, min_compression_rate=0, factors=factors)
+    out, _ = directions(tx, grads, {"a": TREE["a"]})
+    exact = matrix[0].sum(0)
+    assert np.abs(out["a"][0].sum(0) - exact).max() < 0.05 * np.abs(exact).max()
 
 
 def test_power_iteration_finds_the_best_rank():
@@ -269,5 +285,7 @@ def test_arguments_are_checked():
         power_sgd(1, AXIS, exchange="pigeon")
     with pytest.raises(TypeError, match="power_sgd: compressor must be"):
         power_sgd(1, AXIS, factors=4)
-    with pytest.raises(ValueError, match="static_args"):
+    with pytest.raises(ValueError, match=r"rank must .* name it in static_args"):
         power_sgd(jnp.int32(1), AXIS)
+    with pytest.raises(ValueError, match=r"min_compression_rate must .* in static_args"):
+        power_sgd(1, AXIS, min_compression_rate=jnp.float32(2.0))

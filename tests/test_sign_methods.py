@@ -80,6 +80,13 @@ def test_signum_votes_with_momentum():
     np.testing.assert_array_equal(votes, run(sign_sgd(0.01, AXIS), noisy, data, np.ones(6), 40)[1])
 
 
+@pytest.mark.parametrize("make", [sign_sgd, signum])
+def test_updates_have_the_dtype_of_the_gradients(make):
+    tx, g = make(0.1, AXIS, weight_decay=0.5), jnp.ones((3, 4), jnp.bfloat16)
+    update = jax.vmap(lambda g: tx.update(g, tx.init(g), g)[0], axis_name=AXIS)
+    assert jax.eval_shape(update, g).dtype == jnp.bfloat16
+
+
 def test_decay_is_decoupled():
     data = {"b": np.ones((2, 1), np.float32)}
     tx = sign_sgd(0.1, AXIS, weight_decay=0.5)

@@ -16,6 +16,7 @@ import optax
 from jaxcomm.collectives import AxisName, cond, varying
 from jaxcomm.collectives.flatten import zeros_like_float32
 from jaxcomm.compressors.base import whole
+from jaxcomm.transforms.common import check_fixed
 
 
 class AccumulateState(NamedTuple):
@@ -38,15 +39,18 @@ def accumulate(
 
     Returns:
       An Optax transform whose updates are zero, and which sends nothing, on the other calls.
+      Inside `optax.inject_hyperparams` name every in `static_args`. Not for use under a sync rule,
+      where workers count by themselves: take `optax.MultiSteps` around what does not communicate.
 
     Raises:
-      ValueError: every < 1, or not whole.
+      ValueError: every < 1, not whole, or an array.
 
     Example:
       >>> import jaxcomm, optax
       >>> chain = optax.chain(jaxcomm.average("workers"), optax.sgd(0.1))
       >>> tx = jaxcomm.accumulate(chain, 4, axis_name="workers")
     """
+    check_fixed(every, "every", "accumulate")
     if not whole(every, 1):
         raise ValueError(f"accumulate: every must be whole and at least 1, got {every}")
     tx = optax.with_extra_args_support(tx)
@@ -67,8 +71,11 @@ def accumulate(
                 jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, total), inner
             )
 
+        # whose dtypes need not be those of the gradients
+        like = jax.eval_shape(exchange, total, state.inner)[0]
+
         def wait(total, inner):
-            zeros = jax.tree.map(lambda g: jnp.zeros(g.shape, g.dtype), updates)
+            zeros = jax.tree.map(lambda u: jnp.zeros(u.shape, u.dtype), like)
             return zeros, AccumulateState(state.micro_step + 1, total, inner)
 
         return cond(state.micro_step == every - 1, exchange, wait, total, state.inner)

@@ -30,6 +30,7 @@ from jaxcomm.transforms._average import exchange_mean
 from jaxcomm.transforms.common import (
     Communication,
     check_compressor,
+    check_fixed,
     combine,
     leaf_names,
     log_dense,
@@ -89,7 +90,7 @@ def deep_gradient_compression(
 
     Returns:
       An Optax transform; its output is a mean, in the direction of its input. Inside
-      `optax.inject_hyperparams` list everything but momentum and clip_norm in `static_args`.
+      `optax.inject_hyperparams` name everything but momentum and clip_norm in `static_args`.
 
     Raises:
       ValueError: fraction, momentum, clip_norm or the warm-up out of range.
@@ -177,11 +178,8 @@ def _clip(updates, clip_norm, axis_name):
 
 def _check(fraction, momentum, clip_norm, warmup_steps, warmup_fractions) -> None:
     where, number = "deep_gradient_compression", (int, float)
-    if isinstance(fraction, jax.Array):
-        raise ValueError(
-            f"{where}: fraction must be a Python number, since it sets the size of the messages; "
-            "under optax.inject_hyperparams list it in static_args"
-        )
+    check_fixed(fraction, "fraction", where)
+    check_fixed(warmup_steps, "warmup_steps", where)
     if not 0 < fraction <= 1:
         raise ValueError(f"{where}: fraction must be in (0, 1], got {fraction}")
     if isinstance(momentum, number) and not 0 <= momentum < 1:

@@ -23,11 +23,13 @@ import jax.numpy as jnp
 import optax
 
 from jaxcomm.collectives import AxisName, all_gather
+from jaxcomm.collectives.axis import match_varying
 from jaxcomm.collectives.flatten import check_floating, zeros_like_float32
 from jaxcomm.compressors import packing
 from jaxcomm.compressors._dct import dct_basis
 from jaxcomm.compressors._top_k import largest
 from jaxcomm.transforms.common import (
+    check_fixed,
     combine,
     leaf_names,
     log_dense,
@@ -121,7 +123,7 @@ def demo(
 
     Returns:
       An Optax optimizer. A worker sends k (4 + ceil(log2(block)) / 8) bytes a block to each other.
-      Inside `optax.inject_hyperparams` list k and chunk in `static_args`.
+      Inside `optax.inject_hyperparams` name k and chunk in `static_args`.
 
     Raises:
       ValueError: decay outside [0, 1), k or chunk not a positive Python int.
@@ -140,11 +142,9 @@ def demo(
       Peng, Quesnelle & Kingma, DeMo, arXiv 2411.19870.
     """
     for name, value in (("k", k), ("chunk", chunk)):
+        check_fixed(value, name, "demo")
         if not isinstance(value, int) or value < 1:
-            raise ValueError(
-                f"demo: {name} must be a Python int of at least 1, got {value}; under "
-                "optax.inject_hyperparams list k and chunk in static_args"
-            )
+            raise ValueError(f"demo: {name} must be a Python int of at least 1, got {value}")
     if isinstance(decay, (int, float)) and not 0 <= decay < 1:
         raise ValueError(f"demo: decay must be in [0, 1), got {decay}")
     compressed = lambda leaf: cut(jnp.shape(leaf), chunk).area > k
@@ -201,6 +201,7 @@ def _exchange(leaves: Sequence[jax.Array], cuts: Sequence[Blocks], k: int, axis_
         return (total, senders.at[where].add(1.0, unique_indices=True)), None
 
     zeros = jnp.zeros((sum(blocks.count * blocks.area for blocks in cuts),), jnp.float32)
+    zeros = match_varying(zeros, everyone[0])  # messages may differ along other axes
     (total, senders), _ = jax.lax.scan(add, (zeros, zeros), everyone)
     mine = zeros.at[_positions(own[1], cuts, k)].set(own[0], unique_indices=True)
     return _tensors(total / jnp.maximum(senders, 1.0), cuts), _tensors(mine, cuts)

@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxcomm.collectives import AxisName, all_gather, index, varying
+from jaxcomm.collectives.flatten import check_floating
 
 _STEPS = 127  # levels on each side of zero
 ABSENT = 255  # the byte of a sample that is not counted
@@ -95,6 +96,7 @@ def just_one_byte(
 
     Raises:
       ValueError: clip or epsilon not positive, or samples below 1.
+      TypeError: (init) a leaf is not floating-point; let loss_fn hold it.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxcomm
@@ -125,6 +127,7 @@ def just_one_byte(
         return jax.random.split(key, 3)
 
     def init_fn(params):
+        check_floating(params)
         return JustOneByteState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.asarray, params))
 
     def measure(state, number, part):

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxcomm.transforms._power_sgd import matrix_shape
-from jaxcomm.transforms.common import Communication
+from jaxcomm.transforms.common import Communication, is_masked
 
 Mask = Callable[[optax.Params], optax.Params]
 
@@ -37,18 +37,17 @@ def leaves_named(pattern: str) -> Mask:
     """A mask: True for the leaves in whose path (such as `layer/kernel`) the regex is found.
 
     Raises:
-      ValueError: (the mask, on a tree) no leaf matches.
+      ValueError: (the mask, on a tree) no leaf matches, nor one that `optax.MaskedNode` stands for.
     """
 
     def mask(params):
         name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
-        found = jax.tree.map_with_path(
-            lambda path, _: re.search(pattern, name(path)) is not None, params
-        )
-        if jax.tree.leaves(params) and not any(jax.tree.leaves(found)):
-            names = ", ".join(name(path) for path, _ in jax.tree.leaves_with_path(params))
+        found = lambda path, _: re.search(pattern, name(path)) is not None
+        leaves = jax.tree.leaves_with_path(params, is_leaf=is_masked)
+        if leaves and not any(found(*leaf) for leaf in leaves):
+            names = ", ".join(name(path) for path, _ in leaves)
             raise ValueError(f"leaves_named: no leaf matches {pattern!r}; there are {names}")
-        return found
+        return jax.tree.map_with_path(found, params)
 
     return mask
 
@@ -85,8 +84,8 @@ def lora_init(params, rank: int, key: jax.Array, targets: Mask | None = None):
                 f"lora_init: {jax.tree_util.keystr(path)} of shape {jnp.shape(x)} cannot have "
                 f"factors of rank {rank}"
             )
-        a = jax.random.normal(key, (shape[0], rank)) / jnp.sqrt(shape[0])
-        return LoRA(a, jnp.zeros((rank, shape[1])))
+        a = jax.random.normal(key, (shape[0], rank), jnp.float32) / jnp.sqrt(shape[0])
+        return LoRA(a, jnp.zeros((rank, shape[1]), jnp.float32))
 
     return jax.tree.map_with_path(factors, params, mask, keys)
 

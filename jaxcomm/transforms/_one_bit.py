@@ -31,7 +31,7 @@ from jaxcomm.collectives.flatten import tree_size
 from jaxcomm.collectives.means import chunk_size
 from jaxcomm.compressors.base import Compressor
 from jaxcomm.transforms._average import exchange_mean
-from jaxcomm.transforms.common import check_compressor, message_key
+from jaxcomm.transforms.common import check_compressor, check_fixed, message_key
 
 #: The variance is stable when its 1-norm is this share of what it was a window ago (1-bit Adam).
 STABLE_RATIO = 0.96
@@ -67,16 +67,15 @@ def make_freeze(where: str, freeze_step, b2, window: int | None, warmup_steps: i
     """A checked Freeze; the window defaults to the paper's 1 / (1 - b2)."""
     if isinstance(freeze_step, int) and freeze_step < 1:
         raise ValueError(f"{where}: freeze_step must be at least 1, got {freeze_step}")
-    if freeze_step is None and window is None:
-        if isinstance(b2, jax.Array):
-            raise ValueError(
-                f"{where}: the automatic freeze needs a fixed b2: give variance_window or "
-                "freeze_step, or name b2 in static_args of inject_hyperparams"
-            )
+    if freeze_step is not None:
+        return Freeze(freeze_step, 0, warmup_steps)
+    if window is None:
+        check_fixed(b2, "b2 (without freeze_step and variance_window)", where)
         window = max(1, round(1 / (1 - b2)))
-    if freeze_step is None and isinstance(window, int) and window < 1:
+    check_fixed(window, "variance_window (without freeze_step)", where)
+    if window < 1:
         raise ValueError(f"{where}: variance_window must be at least 1, got {window}")
-    return Freeze(freeze_step, window or 0, warmup_steps)
+    return Freeze(None, window, warmup_steps)
 
 
 def update_limit(max_update, b1, b2):

@@ -156,7 +156,8 @@ def one_bit_adam(
       seed: seeds the keys of random codecs.
 
     Returns:
-      An Optax optimizer. Its `init` must run where the axis is bound (make_train_step does that).
+      An Optax optimizer, not for use under a sync rule. Its `init` must run where the axis is bound
+      (make_train_step does that).
 
     Raises:
       ValueError: freeze_step or variance_window below 1, decays outside [0, 1), or max_update <= 0.

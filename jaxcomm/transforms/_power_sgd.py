@@ -5,8 +5,12 @@ Per matrix M_i = G_i + E_i of worker i, shape (a, b), with rank r and a replicat
     P = orth((1/n) sum_i M_i Q)      Q_i = M_i^T P,   Q = (1/n) sum_i Q_i
     u = P Q^T                        E_i <- M_i - P Q_i^T
 
-Q is the next step's query (warm start). The P of all leaves travel in one all-reduce, together with
-the leaves that stay dense, the Q in a second: two collectives a step whatever the number of leaves.
+Q is the next step's query (warm start). A column of Q that comes out zero, as a zero gradient
+leaves it, keeps its last query; at r = b, where Q could lose rank for good, it stays the identity.
+What Q is exactly orthogonal to is not found again: a block of rows and columns that have entries
+nowhere else, if it is zero in a step in which others are not.
+The P of all leaves travel in one all-reduce, together with the leaves that stay dense, the Q in a
+second: two collectives a step whatever the number of leaves.
 The error is the worker's own, M_i - P Q_i^T, as in the authors' package; the paper's M_i - P Q^T
 has the same mean, hence the same iterates. What of the workers' differences P does not span stays
 in the errors and cancels in their mean, so that at full rank u is the mean whatever the errors.
@@ -38,6 +42,7 @@ from jaxcomm.compressors.base import whole
 from jaxcomm.transforms.common import (
     Communication,
     check_compressor,
+    check_fixed,
     combine,
     leaf_names,
     log_dense,
@@ -151,7 +156,12 @@ def power_sgd(
         leaves, treedef = jax.tree.flatten(matrices)
         sides = [matrix_shape(x.shape) or (0, 0) for x in leaves]
         shapes = [(b, min(rank, a, b)) for a, b in sides]
-        draw = lambda i, shape: jax.random.normal(jax.random.fold_in(key, i), shape, jnp.float32)
+
+        def draw(i, shape):
+            if shape[0] == shape[1]:
+                return jnp.eye(shape[0], dtype=jnp.float32)
+            return jax.random.normal(jax.random.fold_in(key, i), shape, jnp.float32)
+
         return jax.tree.unflatten(treedef, [draw(i, shape) for i, shape in enumerate(shapes)])
 
     def buckets_of(tree):
@@ -218,10 +228,10 @@ def _low_rank_mean(total, query, dense, mean_fn, own_error: bool):
     for i, leaf in enumerate(leaves):
         groups.setdefault(matrix_shape(leaf.shape), []).append(i)
     ms = [jnp.stack([leaves[i].reshape(s) for i in members]) for s, members in groups.items()]
-    qs = jax.tree.leaves(query)
-    qs = [jnp.stack([qs[i] for i in members]) for members in groups.values()]
+    old = jax.tree.leaves(query)
+    old = [jnp.stack([old[i] for i in members]) for members in groups.values()]
 
-    vector, unflatten = flatten(([_matmul(m, q) for m, q in zip(ms, qs)], dense))
+    vector, unflatten = flatten(([_matmul(m, q) for m, q in zip(ms, old)], dense))
     ps, dense = unflatten(mean_fn(vector, hop=0), jnp.float32)
     ps = [jnp.linalg.qr(p)[0] for p in ps]
     own = [_matmul(m.mT, p) for m, p in zip(ms, ps)]
@@ -244,7 +254,15 @@ def _low_rank_mean(total, query, dense, mean_fn, own_error: bool):
     qs = unflatten(fence(mean_fn(vector, hop=1))) if own else []
     mean = low_rank(ps, qs)
     error = rest(mean) if error is None else error
-    return tuple(map(treedef.unflatten, (mean, error, ungroup(qs)))), dense
+    query = ungroup(map(_next_query, old, qs))
+    return tuple(map(treedef.unflatten, (mean, error, query))), dense
+
+
+def _next_query(old: jax.Array, new: jax.Array) -> jax.Array:
+    """The new Q, (..., b, r); a column of zeros stays the old one, as does all of Q at r = b."""
+    if new.shape[-1] == new.shape[-2]:
+        return old
+    return jnp.where(jnp.any(new != 0, axis=-2, keepdims=True), new, old)
 
 
 def _product(p: jax.Array, q: jax.Array) -> jax.Array:
@@ -257,11 +275,8 @@ def _product(p: jax.Array, q: jax.Array) -> jax.Array:
 
 
 def _check(rank, min_compression_rate, start_step) -> None:
-    if isinstance(rank, jax.Array):
-        raise ValueError(
-            "power_sgd: rank sets the shapes of the messages; under optax.inject_hyperparams name "
-            "it in static_args"
-        )
+    check_fixed(rank, "rank", "power_sgd")
+    check_fixed(min_compression_rate, "min_compression_rate", "power_sgd")
     if not whole(rank, 1):
         raise ValueError(f"power_sgd: rank must be a whole number, at least 1, got {rank}")
     if min_compression_rate < 0:

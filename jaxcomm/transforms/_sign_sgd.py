@@ -132,8 +132,14 @@ def signum(
     """
     if isinstance(momentum, (int, float)) and not 0 <= momentum < 1:
         raise ValueError(f"signum: momentum must be in [0, 1), got {momentum}")
-    return optax.chain(
+    tx = optax.chain(
         # signs do not care about bias correction
         optax.ema(momentum, debias=False, accumulator_dtype=jnp.float32),
         sign_sgd(learning_rate, axis_name, weight_decay=weight_decay),
     )
+
+    def update_fn(updates, state, params=None, **extra):
+        step, state = tx.update(updates, state, params, **extra)
+        return jax.tree.map(lambda s, g: s.astype(g.dtype), step, updates), state
+
+    return optax.GradientTransformationExtraArgs(tx.init, update_fn)

@@ -76,8 +76,10 @@ def zero_one_adam(
     """0/1 Adam: one bit a coordinate at meetings only, dense means at ever fewer steps.
 
     Between meetings the workers' parameters differ: make_train_step keeps a copy for each, and
-    `step.consensus` is their mean. Updates are float32 whatever the parameters are; after a
-    meeting x_i + (z - x_i) is z up to the rounding of that sum, which is not carried on.
+    `step.consensus` is their mean. A meeting waits while all rates since the last one are zero:
+    nothing has moved, and what the error memories release could not be applied. Updates are
+    float32 whatever the parameters are; after a meeting x_i + (z - x_i) is z up to the rounding of
+    that sum, which is not carried on.
 
     Args:
       learning_rate: a number or a schedule.
@@ -97,7 +99,8 @@ def zero_one_adam(
       seed: seeds the keys of random codecs.
 
     Returns:
-      An Optax optimizer. Its `init` must run where the axis is bound (make_train_step does that).
+      An Optax optimizer, not for use under a sync rule. Its `init` must run where the axis is bound
+      (make_train_step does that).
 
     Raises:
       ValueError: intervals or variance_stop below 1, decays outside [0, 1), or max_update <= 0.
@@ -176,15 +179,15 @@ def zero_one_adam(
 
         def meet():
             total, *memories = exchange.mean(moved, state, v > 0)
-            mean = total / jnp.where(rates > 0, rates, 1.0)
+            mean = total / rates
             new_z = z - rates * precondition(mean, v_hat, eps, limit) - decay * shrinking
             change = _difference(unflatten(new_z, jnp.float32), params)
             zero = jnp.zeros((), jnp.float32)
-            new_m = jnp.where(rates > 0, mean, m)  # at a rate of zero nothing was moved
-            own = (new_m, jnp.zeros_like(moved), *memories)
+            own = (mean, jnp.zeros_like(moved), *memories)
             return change, own, (new_z, zero, zero, t + rounds(t))
 
-        change, (m, moved, error, server_error), shared = cond(t >= state.next_sync, meet, local)
+        due = (t >= state.next_sync) & (rates > 0)
+        change, (m, moved, error, server_error), shared = cond(due, meet, local)
         z, rates, decay, next_sync = shared
         return memory(change), ZeroOneAdamState(
             count=t,

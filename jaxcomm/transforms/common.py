@@ -48,6 +48,15 @@ def check_compressor(compressor: Compressor, where: str) -> None:
         )
 
 
+def check_fixed(value, name: str, where: str) -> None:
+    """Raises a ValueError for an array: the program is built from this number."""
+    if isinstance(value, jax.Array):
+        raise ValueError(
+            f"{where}: {name} must be a Python number, not an array; under "
+            "optax.inject_hyperparams name it in static_args"
+        )
+
+
 def zero_count() -> jax.Array:
     """A message counter at its start."""
     return jnp.zeros((), jnp.int32)
@@ -66,8 +75,12 @@ def partition(tree, keep: Callable[[jax.Array], bool]):
 
 def combine(first, second):
     """The tree that `partition` took apart."""
-    masked = lambda x: isinstance(x, optax.MaskedNode)
-    return jax.tree.map(lambda a, b: b if masked(a) else a, first, second, is_leaf=masked)
+    return jax.tree.map(lambda a, b: b if is_masked(a) else a, first, second, is_leaf=is_masked)
+
+
+def is_masked(node) -> bool:
+    """Whether it stands for a leaf that is missing."""
+    return isinstance(node, optax.MaskedNode)
 
 
 def mean_left_dense(tree, axis_name: AxisName):
