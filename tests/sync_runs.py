@@ -38,9 +38,10 @@ def run(rule, tx, loss_fn, data, x0, steps, *, observe=None, seed=0):
                 grads, state = rule.adjust(grads, params, state, t, obj_fn)
             updates, opt_state = tx.update(grads, opt_state, params)
             params = optax.apply_updates(params, updates)
-            if rule.moments is not None:
-                opt_state = rule.moments(opt_state, lambda: tx.init(params), state, t + 1)
+            before = state
             params, state = rule.apply(params, state, t + 1)
+            if rule.moments is not None:
+                opt_state = rule.moments(opt_state, lambda: tx.init(params), before, t + 1)
             return (params, opt_state, state), observe(params, state, opt_state)
 
         params = jax.tree.map(jnp.asarray, x0)

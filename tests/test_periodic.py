@@ -197,6 +197,15 @@ def test_what_cannot_be_tried_out_is_found_out_by_types():
     step = jaxcomm.make_train_step(loss, optax.sgd(1.0), axis_name=AXIS, sync=rule, simulate=2)
     with pytest.raises(ValueError, match="does not average over the workers"):
         step.init(params, jax.random.key(0))
+    step = jaxcomm.make_train_step(
+        lambda p, batch, key: jnp.mean(batch - p),
+        optax.chain(jaxcomm.average("chips"), optax.sgd(1.0)),
+        axis_name=("hosts", "chips"),
+        sync=jaxcomm.local_sgd("hosts", 3),
+        simulate=(2, 2),
+    )
+    with pytest.raises(ValueError, match=r"along 'chips'.*give the rule all worker axes"):
+        step.init(jnp.zeros(3), jax.random.key(0))
     # outer schedules may begin at zero, and tuples of axes are found one by one
     warm = optax.sgd(optax.linear_schedule(0.0, 0.7, 10))
     jaxcomm.periodic(optax.chain(jaxcomm.average(AXIS), warm), 3)
@@ -223,6 +232,17 @@ def test_inner_states_stay_or_are_averaged_or_begin_anew():
     assert not fresh.count.any()
     assert (clock.count == 10).all()
     assert (clock_after.count == 10).all()  # the learning rate's clock goes on
+
+
+def test_moments_begin_anew_from_the_parameters_agreed_on():
+    q, tx = Quadratic(n=2), optax.contrib.schedule_free_sgd(0.1)
+    rule = jaxcomm.local_sgd(AXIS, 3, moments="reset")
+    loss = lambda p, b, k: q.loss(p, b[0], k)
+    step = jaxcomm.make_train_step(loss, tx, axis_name=AXIS, sync=rule, simulate=2)
+    state = step.init(jnp.asarray(q.x0), jax.random.key(0))
+    for _ in range(3):
+        state, _ = step(state, q.data)
+    np.testing.assert_array_equal(state.opt_state.z, state.params)
 
 
 def test_averaged_moments_move_only_at_meetings():

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from common import AXIS, batch, host, loss_fn, mesh, tree
+from common import AXIS, batch, distance, host, loss_fn, mesh, tree
 
 import jaxcomm
 from jaxcomm.training.workers import Place
@@ -225,3 +225,58 @@ def test_a_hyper_parameter_can_be_changed_in_the_state():
     before = host(state.params)
     state, _ = step(state, batch(0))
     assert (host(state.params)["w"] == before["w"]).all()
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        jaxcomm.error_feedback(jaxcomm.sign(), "slow", exchange="two_phase"),
+        jaxcomm.ef21(jaxcomm.top_k(fraction=0.3), "slow"),
+        jaxcomm.power_sgd(1, "slow", min_compression_rate=1.0),
+    ],
+    ids=["error_feedback", "ef21", "power_sgd"],
+)
+@pytest.mark.parametrize("way", ["simulate", "mesh"])
+def test_a_memory_along_one_of_two_axes_leaves_the_parameters_shared(way, method):
+    axes = ("fast", "slow")
+    tx = optax.chain(jaxcomm.average("fast"), method, optax.sgd(0.1))
+    make = lambda **way: jaxcomm.make_train_step(loss_fn, tx, axis_name=axes, **way)
+    both = make(simulate=(2, 3)) if way == "simulate" else make(mesh=mesh((2, 3), axes))
+    alone = make(simulate=(1, 3))
+    state, reference = both.init(tree(), KEY), alone.init(tree(), KEY)
+    assert where(both.places.params) == ONE
+    assert where(both.places.opt_state) > EACH
+    for i in range(4):
+        rows = batch(i, 12)
+        state, _ = both(state, rows)
+        # the two of one fast axis together have what one has alone
+        regroup = lambda x: x.reshape(2, 3, 2, -1).swapaxes(0, 1).reshape(x.shape)
+        reference, _ = alone(reference, jax.tree.map(regroup, rows))
+    assert distance(host(state.params), host(reference.params)) < 1e-5
+    each = [x for x in jax.tree.leaves(host(state.opt_state)) if x.ndim and len(x) == 6]
+    assert each
+    assert all((x[:3] == x[3:]).all() for x in each)
+
+
+def test_parameters_may_be_of_any_pytree_class():
+    @jax.tree_util.register_pytree_node_class
+    class Model:  # no __eq__ of values
+        def __init__(self, w):
+            self.w = w
+
+        def tree_flatten(self):
+            return (self.w,), None
+
+        @classmethod
+        def tree_unflatten(cls, aux, children):
+            return cls(*children)
+
+    def make(n):
+        loss = lambda model, batch, key: jnp.mean((batch - model.w) ** 2)
+        tx = optax.chain(SIGN, optax.sgd(0.1))
+        return jaxcomm.make_train_step(loss, tx, axis_name=AXIS, simulate=n)
+
+    step = make(2)
+    state, _ = step(step.init(Model(jnp.zeros(3)), KEY), jnp.ones((6, 3)))
+    state, _ = make(3)(jaxcomm.resize_workers(state, 3), jnp.ones((6, 3)))
+    assert (state.params.w > 0).all()

@@ -128,25 +128,44 @@ def test_hutchinsons_estimate_of_a_hessian_that_is_not_diagonal():
     assert np.asarray(seen)[0].std(0).min() > 0.05  # a new z at every refresh
 
 
-def test_a_gradient_that_is_not_finite_leaves_the_scaling_alone():
-    q = Quadratic(n=8)
-    bad = lambda p, b, k: q.loss(p, b[0], k) / jnp.where(b[0, 0] > 1e6, 0.0, 1.0)
+@pytest.mark.parametrize("bad", [(), (1,), (0, 1, 2, 3)])
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize(("rule", "scaling"), [("rmsprop", "global"), ("adahessian", "local")])
+def test_estimates_that_are_not_finite_do_not_count(rule, scaling, first, bad):
+    """D is 1 before its first estimate, and then stays as it was without one."""
+    q, b2 = Quadratic(), 0.9
     step = jaxcomm.make_train_step(
-        bad,
+        lambda p, b, k: q.loss(p, b[0], k) * jnp.where(b[0, 0] > 1e6, jnp.nan, 1.0),
         optax.sgd(0.02),
         axis_name=AXIS,
-        sync=jaxcomm.savic(AXIS, 2, floor=0.05),
-        simulate=8,
+        sync=jaxcomm.savic(AXIS, 2, rule=rule, scaling=scaling, b2=b2, floor=1e-3),
+        simulate=4,
         donate=False,
     )
     state = step.init(jnp.asarray(q.x0), jax.random.key(0))
-    for _ in range(2):
+    old = np.ones((4, 5))
+    for _ in range(0 if first else 2):
         state, _ = step(state, q.data)
-    poisoned = q.data.at[3].set(1e9)
-    after, metrics = step(state, poisoned)
-    np.testing.assert_array_equal(after.sync_state.scale, state.sync_state.scale)
-    assert metrics["skipped"] == 1
-    np.testing.assert_array_equal(after.params[3], state.params[3])
+        old = np.broadcast_to(state.sync_state.scale, (4, 5))
+    hurt = np.isin(np.arange(4), bad)
+    h = q.gradients(np.asarray(state.params, np.float64)) if rule == "rmsprop" else [q.a] * 4
+    h = np.where(hurt[:, None], np.nan, h)
+    if scaling == "global" and not hurt.all():
+        h[:] = np.nanmean(h, 0)
+    beta = 0.0 if first else b2
+    want = np.where(np.isnan(h), old, np.sqrt(beta * old**2 + (1 - beta) * h**2))
+    after, metrics = step(state, jnp.where(hurt[:, None], 1e9, q.data))
+    scale = np.broadcast_to(after.sync_state.scale, (4, 5))
+    np.testing.assert_allclose(scale, want, atol=1e-6)
+    estimates = np.broadcast_to(after.sync_state.estimates, 4)
+    assert (estimates == int(not first) + ~np.isnan(h).any(1)).all()
+    assert metrics["skipped"] == hurt.sum()
+    if first and scaling == "local":  # the next meeting brings the first one of who has none
+        for _ in range(2):
+            before = np.asarray(after.params, np.float64)
+            after, _ = step(after, q.data)
+        h = np.abs(q.gradients(before)) if rule == "rmsprop" else np.tile(q.a, (4, 1))
+        np.testing.assert_allclose(after.sync_state.scale[hurt], h[hurt], atol=1e-6)
 
 
 def test_real_devices_agree_and_say_what_is_per_worker():
@@ -167,6 +186,7 @@ def test_real_devices_agree_and_say_what_is_per_worker():
             state = step.init(jnp.asarray(q.x0), jax.random.key(0))
             assert collectives_outside_conditionals(step.trace(state, q.data).jaxpr) == []
             assert step.places.sync_state.scale.value == place
+            assert step.places.sync_state.estimates.value == place
             assert step.places.sync_state.refreshes.value == "replicated"
             for _ in range(5):
                 state, _ = step(state, q.data)

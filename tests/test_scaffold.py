@@ -163,6 +163,39 @@ def test_the_rates_of_a_schedule_are_summed():
     assert np.isfinite(np.asarray(own)).all()
 
 
+@pytest.mark.parametrize(
+    ("name", "participants"), [("scaffold", None), ("scallion", 2), ("scafcom", 2)]
+)
+def test_skipped_steps_do_not_count(name, participants):
+    """Losses a_i x: whatever the number of steps, the mean gradient of client i is a_i."""
+    same = {"axis_name": AXIS, "every": K, "learning_rate": LR, "participants": participants}
+    rule = {
+        "scaffold": lambda: jaxcomm.scaffold(**same),
+        "scallion": lambda: jaxcomm.scallion(jaxcomm.identity(), scaling=1.0, **same),
+        "scafcom": lambda: jaxcomm.scafcom(jaxcomm.identity(), momentum=1.0, **same),
+    }[name]()
+    slopes = np.array([2.0, 4.0, 9.0], np.float32)
+    step = jaxcomm.make_train_step(
+        lambda p, b, k: jnp.mean(b) * p, optax.sgd(LR), axis_name=AXIS, sync=rule, simulate=3
+    )
+    state = step.init(jnp.float32(0), jax.random.key(0))
+    for number in range(8):
+        own = np.asarray(state.sync_state.own_control)
+        for t in range(K):  # a third of a round, then none of one, then alternately
+            gone = {0: t > 1, 1: False, 2: True}.get(number, t % 2 == 0)
+            b = slopes.copy()
+            b[1] = np.nan if gone else b[1]
+            state, _ = step(state, b)
+        now = state.sync_state
+        moved = np.asarray(now.own_control) != own
+        np.testing.assert_allclose(now.own_control, np.where(moved, slopes, own), atol=1e-4)
+        np.testing.assert_allclose(now.control, np.mean(now.own_control), atol=1e-5)
+        assert not np.any(now.own_rates)
+        if number == 2:
+            assert not moved[1]
+    np.testing.assert_allclose(now.own_control, slopes, atol=1e-4)
+
+
 def test_real_devices_agree_and_say_what_is_per_worker():
     q = Clients(n=8)
     rule = jaxcomm.scafcom(jaxcomm.top_k(k=2), AXIS, 2, LR, participants=5)
@@ -178,7 +211,7 @@ def test_real_devices_agree_and_say_what_is_per_worker():
         state = step.init(jnp.asarray(q.x0), jax.random.key(0))
         assert collectives_outside_conditionals(step.trace(state, q.data).jaxpr) == []
         places = jax.tree.map(lambda place: place.value, step.places.sync_state)
-        assert {places.own_control, places.momentum} == {"per worker"}
+        assert {places.own_control, places.momentum, places.own_rates} == {"per worker"}
         assert {places.anchor, places.control, places.rates} == {"replicated"}
         for _ in range(6):
             state, _ = step(state, q.data)

@@ -52,7 +52,8 @@ def periodic(
       outer: a jaxcomm communication, or an Optax chain that contains one and ends in an optimizer.
       every: a schedule (`every`, `qsr`, ...), or a number of local steps.
       moments: inner optimizer states at a meeting: 'local' (kept), `average(axis_name)`, or 'reset'
-        (fresh, but for the counters of learning-rate schedules).
+        (fresh, but for states that are only a counter, such as a learning-rate schedule's; a
+        counter beside floats in one state, as schedule_free's, starts again).
       total_steps: length of the training; the last round ends there. Without it a training may
         end between meetings.
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxcomm.collectives import flatten
 from jaxcomm.collectives.axis import varying_axes
 
 
@@ -50,8 +51,10 @@ class SyncRule(NamedTuple):
     Three hooks that most rules do without:
     `adjust(grads, params, state, step, obj_fn) -> (grads, state)` runs before the inner optimizer;
     `obj_fn(params)` is this worker's loss on its batch, and `step` counts the steps done before.
-    `moments(opt_state, initial_fn, state, step) -> opt_state` runs between the inner optimizer and
-    `apply`, with `apply`'s arguments; `initial_fn()` is a fresh inner optimizer state.
+    Where the worker is to skip its step, all of `grads` is NaN.
+    `moments(opt_state, initial_fn, state, step) -> opt_state` runs after `apply`, with the state
+    and the step that `apply` was given; `initial_fn()` is a fresh inner optimizer state, of the
+    parameters after it.
     `evaluated(params, state) -> params` says what to evaluate, if not the mean over the workers,
     which it is given, and returns where it has nothing better (before the first meeting). Called
     outside the axis: leaves of the state that differ between workers are their means.
@@ -96,6 +99,15 @@ def float32(tree):
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree)
 
 
+def all_finite(tree) -> jax.Array:
+    """Are all leaves finite: one reduction a leaf, joined as other leaves are.
+
+    XLA compiles few kernels for very many leaves by it.
+    """
+    finite = lambda x: jnp.all(jnp.isfinite(x)).astype(jnp.float32)
+    return jnp.all(flatten(jax.tree.map(finite, tree))[0] > 0)
+
+
 def displacement(anchor, params):
     """anchor - params in float32: the pseudo-gradient."""
     return jax.tree.map(lambda z, x: z - jnp.asarray(x, jnp.float32), anchor, params)
@@ -114,8 +126,11 @@ def adopt_if(condition, anchor, params):
 
 def check_replicated(new, old, where: str) -> None:
     """Raises a ValueError if, by its type, the new anchor differs between workers."""
-    if any(varying_axes(a) - varying_axes(b) for a, b in zip(*map(jax.tree.leaves, (new, old)))):
+    pairs = zip(*map(jax.tree.leaves, (new, old)))
+    if differs := sorted(set().union(*(varying_axes(a) - varying_axes(b) for a, b in pairs))):
         raise ValueError(
-            f"{where}: the outer chain does not average over the workers, so that their anchors "
-            "would drift apart; start it with jaxcomm.average(axis_name)"
+            f"{where}: the outer chain does not average over the workers along "
+            f"{', '.join(map(repr, differs))}, where parameters differ as well, so that their "
+            "anchors would drift apart: give the rule all worker axes, or start the chain with "
+            "jaxcomm.average(axis_name) over all of them"
         )

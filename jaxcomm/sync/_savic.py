@@ -7,10 +7,11 @@ r"""SAVIC: local steps scaled by a diagonal that is only refreshed when replicas
              adahessian D^2 <- beta D^2 + (1 - beta) h^2
              oasis      D   <- beta D + (1 - beta) h
 
-with beta_t = (beta - beta^(t+1)) / (1 - beta^(t+1)) at refresh t = 0, 1, ..., and Hutchinson's
+with beta_t = (beta - beta^(t+1)) / (1 - beta^(t+1)) at estimate t = 0, 1, ..., and Hutchinson's
 h = z * (Hessian z) for a vector z of random signs. D starts at its first estimate. Global scaling
 averages g (or h) over the workers, one more vector a round; local scaling uses each worker's own
-and costs nothing.
+and costs nothing. An estimate that is not finite does not count: the average is that of the other
+workers; without any, D stays as it is (1 before its first estimate) until the next refresh.
 
 Source: Chezhegov et al. 2024, "Local Methods with Adaptivity via Scaling" (arXiv 2406.00846).
 """
@@ -22,20 +23,20 @@ import jax.numpy as jnp
 import optax
 
 from jaxcomm.collectives import AxisName, cond, index, mean
-from jaxcomm.collectives.flatten import zeros_like_float32
 from jaxcomm.sync._periodic import PeriodicState, local_sgd
-from jaxcomm.sync._rule import SyncRule, float32, hooks_of
+from jaxcomm.sync._rule import SyncRule, all_finite, float32, hooks_of
 from jaxcomm.sync._schedules import Schedule
 
 RULES = ("adam", "rmsprop", "oasis", "adahessian")
 
 
 class SavicState(NamedTuple):
-    """State of `savic`."""
+    """State of `savic`; with local scaling D and the number of its estimates are per worker."""
 
     rule: PeriodicState  # of the meetings
-    scale: optax.Updates  # float32, like params: D; replicated, or per worker with local scaling
-    refreshes: jax.Array  # shape=(), dtype=jnp.int32: of D so far
+    scale: optax.Updates  # float32, like params: D; 1 before its first estimate
+    refreshes: jax.Array  # shape=(), dtype=jnp.int32; replicated: of D so far
+    estimates: jax.Array  # shape=(), dtype=jnp.int32: t, refreshes that had a finite estimate
 
     @property
     def anchor(self) -> optax.Params:
@@ -88,12 +89,13 @@ def savic(
 
     def init_fn(params):
         zero = jnp.zeros((), jnp.int32)
-        return SavicState(meetings.init(params), zeros_like_float32(params), zero)
+        ones = jax.tree.map(lambda x: jnp.ones(x.shape, jnp.float32), params)
+        return SavicState(meetings.init(params), ones, zero, zero)
 
     def adjust_fn(grads, params, state, step, obj_fn):
         del step
 
-        def refresh(scale):
+        def refresh(scale, estimates):
             if rule in ("adam", "rmsprop"):
                 estimate = float32(grads)
             else:
@@ -101,16 +103,18 @@ def savic(
                 estimate = _hessian_diagonal(
                     obj_fn, params, jax.random.fold_in(key, index(axis_name))
                 )
-            beta = _weight(rule, b2, state.refreshes)
-            return jax.tree.map(
-                lambda d, h: _blend(d, h, beta, linear=rule == "oasis"), scale, average(estimate)
-            )
+            finite = all_finite(estimate)
+            counted = jax.tree.map(lambda h: jnp.where(finite, h, 0.0), estimate)
+            total, share = average((counted, finite.astype(jnp.float32)))
+            beta = _weight(rule, b2, estimates)
+            blend = lambda d, h: _blend(d, h / share, beta, linear=rule == "oasis")
+            return jax.tree.map(blend, scale, total), estimates + (share > 0)
 
         due = state.refreshes <= state.rule.sync_step  # the replicas have met since
-        scale = cond(due, refresh, lambda scale: scale, state.scale)
+        scale, estimates = cond(due, refresh, lambda *same: same, state.scale, state.estimates)
         bounded = jax.tree.map(lambda d: jnp.clip(jnp.abs(d), floor, ceiling), scale)
         grads = jax.tree.map(lambda g, d: (g / d).astype(g.dtype), grads, bounded)
-        return grads, SavicState(state.rule, scale, state.refreshes + due)
+        return grads, SavicState(state.rule, scale, state.refreshes + due, estimates)
 
     def apply_fn(params, state, step):
         params, new = meetings.apply(params, state.rule, step)
@@ -129,16 +133,16 @@ def _hessian_diagonal(obj_fn, params, key):
     return float32(jax.tree.map(lambda z, hz: z * hz, z, product))
 
 
-def _weight(rule: str, b2: float, refreshes):
-    """beta_t; 0 at the first refresh."""
+def _weight(rule: str, b2: float, estimates):
+    """beta_t; 0 at the first estimate."""
     if rule == "adam":
-        power = b2 ** (refreshes.astype(jnp.float32) + 1)
+        power = b2 ** (estimates.astype(jnp.float32) + 1)
         return (b2 - power) / (1 - power)
-    return jnp.where(refreshes == 0, 0.0, b2)
+    return jnp.where(estimates == 0, 0.0, b2)
 
 
 def _blend(d, h, beta, linear: bool):
-    """The new D; where the estimate is not finite, the old one."""
+    """The new D; the old one where the estimate is not finite (0 / 0 if it is nobody's)."""
     new = beta * d + (1 - beta) * h if linear else jnp.sqrt(beta * d**2 + (1 - beta) * h**2)
     return jnp.where(jnp.isfinite(new), new, d)
 

@@ -4,7 +4,8 @@ Each of N clients keeps a control c_i, all keep c = mean c_i. K local steps with
 
     y_i <- x,   y_i <- y_i - eta_k (g_i(y_i) - c_i + c),   q_i = (x - y_i) / sum_k eta_k
 
-so that q_i - c is the mean gradient minus c_i. Every sampled client sends one vector, C(d_i):
+where the sum in q_i is over the steps that client i has not skipped (for a non-finite gradient), so
+that q_i - c is the mean gradient minus c_i. Every sampled client sends one vector, C(d_i):
 
     SCALLION    d_i = a (q_i - c)                                      C unbiased
     SCAFCOM     v_i <- v_i + b (q_i + c_i - c - v_i),  d_i = v_i - c_i     C contractive
@@ -12,7 +13,8 @@ so that q_i - c is the mean gradient minus c_i. Every sampled client sends one v
     x <- x - eta_g (sum_k eta_k) (1/S sum C(d_i) + c),   c <- c + 1/N sum C(d_i)
 
 with sums over the S sampled clients, and the old c in x. SCAFFOLD (its option II) is SCALLION with
-the identity and a = 1: one vector up instead of two. Other clients keep c_i and v_i.
+the identity and a = 1: one vector up instead of two. Other clients keep c_i and v_i; so does a
+sampled one that has done no step in the round, whose d_i is 0.
 
 Sources: Karimireddy et al. 2020 (SCAFFOLD, arXiv 1910.06378); Huang, Li & Li 2024, "Stochastic
 Controlled Averaging for Federated Learning with Communication Compression" (arXiv 2308.08165).
@@ -30,7 +32,7 @@ from jaxcomm.collectives.flatten import zeros_like_float32
 from jaxcomm.compressors._identity import Identity
 from jaxcomm.compressors.base import Compressor
 from jaxcomm.sync._periodic import is_due
-from jaxcomm.sync._rule import SyncRule, adopt, displacement, float32
+from jaxcomm.sync._rule import SyncRule, adopt, all_finite, displacement, float32
 from jaxcomm.sync._schedules import Schedule, as_schedule, check_total_steps, round_end
 from jaxcomm.transforms.common import check_compressor, message_key
 
@@ -43,6 +45,7 @@ class ScaffoldState(NamedTuple):
     own_control: optax.Updates  # per worker: c_i
     momentum: optax.Updates | None  # per worker: v_i; SCAFCOM only
     rates: jax.Array  # shape=(), dtype=jnp.float32: sum of this round's rates so far
+    own_rates: jax.Array  # shape=(), dtype=jnp.float32; per worker: of the steps it has done
     next_sync: jax.Array  # shape=(), dtype=jnp.int32: local step at which this round ends
     sync_step: jax.Array  # shape=(), dtype=jnp.int32: meetings so far
 
@@ -175,30 +178,35 @@ def _controlled(
             own_control=zeros(),
             momentum=None if momentum is None else zeros(),
             rates=jnp.zeros((), jnp.float32),
+            own_rates=jnp.zeros((), jnp.float32),
             next_sync=round_end(schedule, zero, total_steps),
             sync_step=zero,
         )
 
     def adjust_fn(grads, params, state, step, obj_fn):
         del params, obj_fn
+        eta = jnp.asarray(rate(step), jnp.float32)
+        own_rates = state.own_rates + jnp.where(all_finite(grads), eta, 0.0)
         correct = lambda g, c, own: (g + (c - own)).astype(g.dtype)
         grads = jax.tree.map(correct, grads, state.control, state.own_control)
-        return grads, state._replace(rates=state.rates + jnp.asarray(rate(step), jnp.float32))
+        return grads, state._replace(rates=state.rates + eta, own_rates=own_rates)
 
     def meet(params, state, step):
         gradient, unflatten = flatten(displacement(state.anchor, params))
         control, own = flatten(state.control)[0], flatten(state.own_control)[0]
-        gradient = gradient * jnp.where(state.rates > 0, 1.0 / state.rates, 0.0)  # q_i
+        done = state.own_rates > 0
+        gradient = gradient * jnp.where(done, 1.0 / state.own_rates, 0.0)  # q_i
         present, share = _sample(participants, seed, state.sync_step, axis_name, name)
         memory = None
         if momentum is None:
             message = scaling * (gradient - control)
         else:
             old = flatten(state.momentum)[0]
-            memory = old + momentum * present[index(axis_name)] * (gradient + own - control - old)
+            weight = momentum * present[index(axis_name)] * done
+            memory = old + weight * (gradient + own - control - old)
             message = memory - own
         key = message_key(seed, state.sync_step, axis_name, compressor)
-        mean, sent = _send(message, compressor, axis_name, key, present)
+        mean, sent = _send(jnp.where(done, message, 0.0), compressor, axis_name, key, present)
         anchor = flatten(state.anchor)[0]
         anchor = anchor - global_learning_rate * state.rates * (mean / share + control)
         new = ScaffoldState(
@@ -207,6 +215,7 @@ def _controlled(
             own_control=unflatten(own + sent),
             momentum=None if memory is None else unflatten(memory),
             rates=jnp.zeros((), jnp.float32),
+            own_rates=jnp.zeros((), jnp.float32),
             next_sync=round_end(schedule, step, total_steps),
             sync_step=state.sync_step + 1,
         )

@@ -53,7 +53,7 @@ class BackgroundStep(TrainStep):
         """As TrainStep's; returns when everything is dispatched."""
         state = self._own(state)
         self._locate(state)
-        self._local.layout.places = self.places._replace(sync_state=())
+        self._local.layout.types = self.layout.types._replace(sync_state=())
         self._local._update_axes = self._update_axes  # the same optimizer: it need not look again
         step = int(state.step) + 1
         if step == self._parts.total_steps:

@@ -50,7 +50,8 @@ def make_train_step(
     Raises:
       ValueError: contradictory modes, an axis that the mesh does not have, or a background for
         a rule without one or for simulated workers that exchange gradients; later, from `init`: a
-        tx that never communicates, without a sync rule.
+        tx that never communicates, without a sync rule; or with one, a tx whose exchanges wait for
+        a count of its updates, as those of `accumulate` and `one_bit_adam` do.
       TypeError: tx is no transform, or sync no rule.
 
     Example:

@@ -3,7 +3,8 @@
 Where the user puts the collective in an Optax chain decides what is per-worker (an error memory, a
 local momentum) and what is replicated (Adam's moments after an average). Nobody declares it: the
 step is traced inside shard_map on an abstract mesh, where every value's type names the axes along
-which it varies. What comes out varying is fed back as varying until nothing changes.
+which it varies. What comes out varying is fed back as varying along these axes until nothing
+changes: an error memory along "hosts" leaves what depends on it equal along "chips".
 
 A `lax.cond` in somebody else's transform (`optax.apply_if_finite(optax.trace(0.9), 3)`) wants the
 types of its two branches to agree, so that its state must be typed as varying before the first pass
@@ -18,7 +19,7 @@ from typing import Any
 import jax
 
 from jaxcomm.collectives import axis
-from jaxcomm.training.workers import Place, Workers
+from jaxcomm.training.workers import Along, Place, Workers
 
 CHUNKS = ".server_error"  # the field in which transforms keep a memory of their chunk
 OWN_CONDITIONAL = (
@@ -38,7 +39,7 @@ class Layout:
     Args:
       init: `(params, key) -> state` of one worker, inside the axis.
       workers: how many, and along which axis.
-      places: the state's tree with Place leaves, once it is known.
+      places: the state's tree with Place leaves, or Along, once it is known.
       placed: False if the arrays are not yet on the devices of a step.
     """
 
@@ -51,8 +52,14 @@ class Layout:
     ):
         self.init: Any = init
         self.workers: Any = workers
-        self.places: Any = places
+        self.types: Any = places  # with Along for what varies along some axes only
         self.placed = placed
+
+    @property
+    def places(self) -> Any:
+        """A tree of Place, once it is known."""
+        whole = lambda place: Place.PER_WORKER if isinstance(place, Along) else place
+        return jax.tree.map(whole, self.types)
 
     def view(self, state, workers: Workers):
         """What one of `workers` would see of the initial state; abstract."""
@@ -67,7 +74,7 @@ class Layout:
 
     def at_home(self, workers: Workers) -> Layout:
         """This layout, of arrays that are on the devices of these workers."""
-        return Layout(self.init, workers, self.places)
+        return Layout(self.init, workers, self.types)
 
     def __eq__(self, other):
         return isinstance(other, Layout)
@@ -86,7 +93,7 @@ class Layout:
 
 
 def infer_places(init: Callable, step: Callable, workers: Workers, *inputs):
-    """The Place of every leaf of the state, and the abstract global state.
+    """The Place (or Along) of every leaf of the state, and the abstract global state.
 
     Args:
       init: `(*inputs) -> state`, a TrainState, per worker, inside the axis.
@@ -102,8 +109,9 @@ def infer_places(init: Callable, step: Callable, workers: Workers, *inputs):
     while True:
         places, (new_state, new) = _trace_step(step, workers, state, places)
         check_same(state, new_state)
-        union = jax.tree.map(lambda a, b: a if a is Place.PER_WORKER else b, places, new)
-        if union == places:
+        either = lambda a, b: _place(_names(a, workers) | _names(b, workers), workers)
+        union = jax.tree.map(either, places, new)
+        if jax.tree.leaves(union) == jax.tree.leaves(places):
             return places, global_state(places, state, workers)
         places = union
 
@@ -162,23 +170,31 @@ def _trace(fn: Callable, workers: Workers, args, arg_places):
     def body(*args):
         out = fn(*args)
         found["state"] = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), out)
-        found["places"] = jax.tree.map(lambda x: _place(x, workers), out)
+        found["places"] = jax.tree.map(lambda x: _place(axis.varying_axes(x), workers), out)
         return out
 
     jax.eval_shape(workers.trace_map(body, arg_places, Place.PER_WORKER), *args)
     return found["state"], found["places"]
 
 
-def _place(x, workers: Workers) -> Place:
-    varies = axis.varying_axes(x) & set(workers.names)
-    return Place.PER_WORKER if varies else Place.REPLICATED
+def _place(varying: frozenset[str], workers: Workers) -> Place | Along:
+    names = tuple(name for name in workers.names if name in varying)
+    if names == workers.names:
+        return Place.PER_WORKER
+    return Along(names) if names else Place.REPLICATED
+
+
+def _names(place: Place | Along, workers: Workers) -> frozenset[str]:
+    if isinstance(place, Along):
+        return frozenset(place.names)
+    return frozenset(workers.names if place is Place.PER_WORKER else ())
 
 
 def global_state(places, state, workers: Workers):
     """The abstract global state: per-worker leaves get their leading worker axis."""
 
     def leaf(place, x):
-        shape = (workers.count, *x.shape) if place is Place.PER_WORKER else x.shape
+        shape = x.shape if place is Place.REPLICATED else (workers.count, *x.shape)
         return jax.ShapeDtypeStruct(shape, x.dtype)
 
     return jax.tree.map(leaf, places, state)

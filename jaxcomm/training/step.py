@@ -21,10 +21,9 @@ from absl import logging
 from jax.core import Tracer
 
 from jaxcomm.collectives import all_sum, axis
-from jaxcomm.collectives.conditional import Choices, record_choices
-from jaxcomm.collectives.flatten import flatten
+from jaxcomm.collectives.conditional import APART, Choices, record_choices
 from jaxcomm.collectives.primitives import sum_rows
-from jaxcomm.sync._rule import SyncRule
+from jaxcomm.sync._rule import SyncRule, all_finite
 from jaxcomm.traffic.count import count
 from jaxcomm.traffic.ledger import METRICS, UNMETERED
 from jaxcomm.training import _storage
@@ -95,21 +94,23 @@ class TrainStep:
         return state, metrics, branches
 
     def _apply(self, state: TrainState, grads, metrics, obj_fn):
-        finite = _all_finite(metrics["loss"], grads)
+        finite = all_finite((metrics["loss"], grads))
         sync, sync_state = self._sync, state.sync_state
         if sync is None:
             finite, metrics = self._agree(finite, metrics)
         elif axes := self._update_axes:  # what one of them sends reaches all of them
             finite = axis.varying(all_sum(~finite, axes, METRICS) == 0, axes)
         if sync is not None and sync.adjust is not None:
+            grads = jax.tree.map(lambda g: jnp.where(finite, g, jnp.nan), grads)
             grads, sync_state = sync.adjust(grads, state.params, sync_state, state.step, obj_fn)
         params, opt_state = self._update(finite, state, grads, metrics["loss"])
         step = state.step + 1
         if sync is not None:
-            if sync.moments is not None:
-                initial_fn = lambda: self._tx.init(state.params)
-                opt_state = sync.moments(opt_state, initial_fn, sync_state, step)
+            before = sync_state
             params, sync_state = sync.apply(params, sync_state, step)
+            if sync.moments is not None:
+                initial_fn = lambda: self._tx.init(params)
+                opt_state = sync.moments(opt_state, initial_fn, before, step)
         skipped = state.skipped + jnp.where(finite, 0, 1)
         new = TrainState(step, params, opt_state, sync_state, state.key, skipped, self.layout)
         return new, metrics
@@ -118,7 +119,12 @@ class TrainStep:
         """Parameters and optimizer state after its step, or as they were."""
 
         def advance(params, opt_state, grads, loss):
-            updates, opt_state = self._tx.update(grads, opt_state, params, value=loss)
+            try:
+                updates, opt_state = self._tx.update(grads, opt_state, params, value=loss)
+            except ValueError as error:
+                if self._sync is None or APART not in str(error):
+                    raise
+                raise ValueError(_counts_apart(opt_state)) from error
             return optax.apply_updates(params, updates), opt_state
 
         def choose(*args):
@@ -159,7 +165,7 @@ class TrainStep:
         places, state = infer_places(self._init, one_step, self.workers, params, key)
         if self._sync is None and self.workers.count > 1:
             self._check_meeting(one_step, places, state)
-        self.layout.places = places
+        self.layout.types = places
         return state
 
     def _check_meeting(self, one_step, places, state) -> None:
@@ -167,7 +173,7 @@ class TrainStep:
         apart = [
             jax.tree_util.keystr(path)
             for path, place in jax.tree.leaves_with_path(places.params)
-            if place is Place.PER_WORKER
+            if place is not Place.REPLICATED
         ]
         if not apart:
             return
@@ -179,7 +185,11 @@ class TrainStep:
                 f"jaxcomm.average({self.workers.axis_name!r}) first in its chain, or pass sync="
             )
         if len(apart) < len(jax.tree.leaves(places.params)):
-            logging.warning("only these parameters differ between workers: %s", ", ".join(apart))
+            logging.warning(
+                "only these parameters differ between workers: %s; what should stay as it is, "
+                "jaxcomm.trainable leaves out",
+                ", ".join(apart),
+            )
 
     def init(self, params, key) -> TrainState:
         """The state before the first step, placed on the workers.
@@ -297,7 +307,8 @@ class TrainStep:
                 f"resize_workers(state, {here})"
             )
         # nothing in it depends on their number
-        return state._replace(layout=Layout(self._init, self.workers, self.places, placed=False))
+        layout = Layout(self._init, self.workers, self.layout.types, placed=False)
+        return state._replace(layout=layout)
 
     def _own(self, state: TrainState) -> TrainState:
         """The checked state; one from `resize_workers` is put on this step's devices."""
@@ -357,7 +368,7 @@ class TrainStep:
             self._tx.update(grads, state.opt_state, state.params, value=loss)
             return ()
 
-        found = self._collectives(update, self.places, (), jax.tree.map(_abstract, state))
+        found = self._collectives(update, self.layout.types, (), jax.tree.map(_abstract, state))
         _check_conditionals(found)
         return tuple(name for name in self.workers.names if any(name in c.axes for c in found))
 
@@ -369,7 +380,8 @@ class TrainStep:
 
     def _signature(self):
         metrics = Place.REPLICATED if self._sync is None else Place.PER_WORKER
-        return (self.places, Place.SPLIT), (self.places, metrics, Place.REPLICATED)
+        places = self.layout.types
+        return (places, Place.SPLIT), (places, metrics, Place.REPLICATED)
 
     def _locate(self, state: TrainState) -> None:
         """Finds the places for a state that this object did not make, and, with a sync rule, the
@@ -382,13 +394,12 @@ class TrainStep:
 
     def _fits(self, state: TrainState) -> bool:
         """Whether the state has the tree and the shapes of this step's states."""
-        before = self.places
-        shapes = jax.tree.map(jnp.shape, state)
+        before = self.layout.types
         drop = lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
         for params in (state.params, jax.tree.map(drop, state.params)):
-            if jax.tree.map(jnp.shape, self.abstract_state(params, state.key)) == shapes:
+            if _shapes(self.abstract_state(params, state.key)) == _shapes(state):
                 return True
-        self.layout.places = before
+        self.layout.types = before
         return False
 
 
@@ -396,6 +407,21 @@ def _check_conditionals(collectives) -> None:
     """Raises a ValueError if somebody else's transform decides about one of them."""
     if any(name.startswith(UNMETERED) for c in collectives for name, _ in c.when):
         raise ValueError(OWN_CONDITIONAL)
+
+
+def _counts_apart(opt_state) -> str:
+    """What is wrong if an exchange waits for one of this state's counters."""
+    counters = [
+        jax.tree_util.keystr(path)
+        for path, x in jax.tree.leaves_with_path(opt_state)
+        if x.ndim == 0 and jnp.issubdtype(x.dtype, jnp.integer) and axis.varying_axes(x)
+    ]
+    return (
+        f"under sync each worker skips non-finite gradients by itself, so that tx's counters "
+        f"{', '.join(counters)} may differ, and none of them can decide when a jaxcomm transform "
+        "exchanges: take a tx without such a condition (to accumulate, optax.MultiSteps around "
+        "what does not communicate), or train without sync"
+    )
 
 
 def apart(state: TrainState) -> tuple[Any, TrainState]:
@@ -411,10 +437,9 @@ def free(old, new) -> None:
             x.delete()
 
 
-def _all_finite(loss, grads) -> jax.Array:
-    """One reduction a leaf, joined as other leaves are: XLA compiles few kernels for very many."""
-    finite = lambda x: jnp.all(jnp.isfinite(x)).astype(jnp.float32)
-    return jnp.all(flatten(jax.tree.map(finite, (loss, grads)))[0] > 0)
+def _shapes(tree):
+    leaves, treedef = jax.tree.flatten(tree)
+    return treedef, [*map(jnp.shape, leaves)]
 
 
 def _typed(key):

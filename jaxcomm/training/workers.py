@@ -2,13 +2,15 @@
 
 Every argument and result is placed leaf by leaf:
   REPLICATED  one value that all workers share; stored once.
-  PER_WORKER  each worker has its own; stored with a leading worker axis of length n.
+  PER_WORKER  each worker has its own; stored with a leading worker axis of length n. `Along` some
+              axes only it is alike on those that differ in the other axes alone.
   SPLIT       a batch: axis 0 is cut into n contiguous parts, worker i gets the i-th.
 """
 
 import enum
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import jax
 import numpy as np
@@ -27,6 +29,13 @@ class Place(enum.Enum):
     REPLICATED = "replicated"
     PER_WORKER = "per worker"
     SPLIT = "split"
+
+
+@dataclass(frozen=True)
+class Along:
+    """PER_WORKER for whoever stores it; inside, its type says that it varies along these axes."""
+
+    names: tuple[str, ...]
 
 
 class Workers:
@@ -160,13 +169,13 @@ class Workers:
                     f"{self.count} workers do not divide"
                 )
 
-    def _spec(self, place: Place) -> P:
+    def _spec(self, place: "Place | Along") -> P:
         names = self.names[0] if len(self.names) == 1 else self.names
         return P() if place is Place.REPLICATED else P(names)
 
     def _shard_map(self, fn, in_places, out_places, mesh):
         def body(*args):
-            args = tuple(_map_places(_drop_axis, p, a) for p, a in zip(in_places, args))
+            args = tuple(_map_places(self._drop_axis, p, a) for p, a in zip(in_places, args))
             return _map_places(self._add_axis, out_places, fn(*args))
 
         specs = lambda places: jax.tree.map(self._spec, places)
@@ -178,26 +187,34 @@ class Workers:
             axis_names=set(self.names),
         )
 
-    def _add_axis(self, place: Place, x):
+    def _drop_axis(self, place: "Place | Along", x):
+        if isinstance(place, Along):
+            return axis_lib.equal(x[0], self._others(place))
+        return x[0] if place is Place.PER_WORKER else x
+
+    def _others(self, place: Along) -> tuple[str, ...]:
+        return tuple(name for name in self.names if name not in place.names)
+
+    def _add_axis(self, place: "Place | Along", x):
         return x if place is Place.REPLICATED else axis_lib.varying(x, self.names)[None]
 
     def _simulated(self, fn, in_places, out_places):
-        inner, outer = self._nested, self._merge
-        mapped = inner(fn, _axes(in_places), _axes(out_places))
-        return lambda *args: outer(mapped(*self._split(args, in_places)), out_places)
-
-    def _nested(self, fn, in_axes, out_axes):
         for name, length in zip(reversed(self.names), reversed(self.sizes)):
+            in_axes, out_axes = _axes(in_places, name), _axes(out_places)
             fn = jax.vmap(fn, in_axes, out_axes, axis_name=name, axis_size=length)
-        return fn
+        return lambda *args: self._merge(fn(*self._split(args, in_places)), out_places)
 
     def _split(self, args, in_places):
         def split(place, x):
             if place is Place.REPLICATED:
                 return x
-            rows = () if place is Place.PER_WORKER else (np.shape(x)[0] // self.count,)
+            rows = (np.shape(x)[0] // self.count,) if place is Place.SPLIT else ()
             tail = np.shape(x)[1:]
-            return x.reshape(*self.sizes, *rows, *tail) if rows or len(self.sizes) > 1 else x
+            if rows or len(self.sizes) > 1:
+                x = x.reshape(*self.sizes, *rows, *tail)
+            if isinstance(place, Along):
+                x = x[tuple(slice(None) if name in place.names else 0 for name in self.names)]
+            return x
 
         return tuple(_map_places(split, p, a) for p, a in zip(in_places, args))
 
@@ -224,16 +241,17 @@ def _default_mesh(names: tuple[str, ...]) -> Mesh:
 
 def _map_places(fn, places, tree):
     """Maps fn(place, leaf) over a tree, where `places` is a tree prefix."""
-    is_place = lambda x: isinstance(x, Place)
+    is_place = lambda x: isinstance(x, (Place, Along))
     return jax.tree.map(
         lambda place, sub: jax.tree.map(lambda x: fn(place, x), sub), places, tree, is_leaf=is_place
     )
 
 
-def _drop_axis(place: Place, x):
-    return x[0] if place is Place.PER_WORKER else x
+def _axes(places, name: str | None = None):
+    """vmap's and pmap's out_axes; or in_axes, those of the axis of this name."""
 
+    def mapped(place):
+        elsewhere = isinstance(place, Along) and name is not None and name not in place.names
+        return None if elsewhere or place is Place.REPLICATED else 0
 
-def _axes(places):
-    """vmap's and pmap's in_axes or out_axes."""
-    return jax.tree.map(lambda place: None if place is Place.REPLICATED else 0, places)
+    return jax.tree.map(mapped, places)
