@@ -3,7 +3,8 @@
 `time_alone` runs the step of one worker of n with its communication removed (see
 `jaxcomm.traffic.alone`), so that it takes one device and no axis. `branch_shares` runs the
 config's rules on a stand-in model of the same tree, for all its steps, and counts the branches
-they take: the exact average of a schedule, 1-bit stages and fragments included.
+they take: the exact average of a schedule, 1-bit stages and fragments included. Where a rule does
+not fit the stand-in's small leaves (more values a message than they have) it is the model itself.
 """
 
 import collections
@@ -83,8 +84,16 @@ def time_alone(
 
 def branch_shares(config: Config, task: Task) -> dict[Branches, float]:
     """Share of the config's steps by the branches they take; `{(): 1.0}` without conditionals."""
+    try:
+        return _counted(config, task, STAND_IN)
+    except ValueError:
+        return _counted(config, task, None)
+
+
+def _counted(config: Config, task: Task, longest: int | None) -> dict[Branches, float]:
+    """The shares on a model of the task's tree whose sides are at most so long."""
     tree = jax.eval_shape(task.init, jax.random.key(0))
-    small = lambda x: jnp.ones([min(side, STAND_IN) for side in x.shape], x.dtype)
+    small = lambda x: jnp.ones([min(side, longest or side) for side in x.shape], x.dtype)
     loss_fn = lambda params, batch, key: sum(jnp.sum(x**2) for x in jax.tree.leaves(params))
     step = step_for(config, loss_fn, config.workers)
     state = step.init(jax.tree.map(small, tree), jax.random.key(config.seed))

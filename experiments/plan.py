@@ -14,7 +14,6 @@ import dataclasses
 import json
 import logging as std_logging
 import math
-from typing import Any
 
 from absl import app, flags
 from ml_collections import config_flags
@@ -23,7 +22,7 @@ from rich.console import Console
 import jaxcomm
 from experiments import command_line
 from experiments.alone import branch_shares, mean_seconds, time_alone, traffic_for
-from experiments.compare import load_config
+from experiments.compare import load_configs
 from experiments.config import Config
 from experiments.probe import parse_link
 from experiments.tasks import Task, make_task
@@ -89,7 +88,13 @@ def make_plan(
       workers: for how many workers.
       compute_seconds: a step without the method; timed here if None.
       codec_seconds: what the method adds, whatever the number of workers; timed here if None.
+
+    Raises:
+      ValueError: a config for as many workers as there are devices, or one that does not train.
     """
+    if config.workers < 1:
+        rule = "config.workers must be at least 1 for plan, which counts no devices"
+        raise ValueError(f"{rule}, got {config.workers}")
     task = make_task(config)
     batch = next(task.train_iterator(max(config.batch_size, 1), config.seed))
     counts = sorted({*workers, config.workers})
@@ -203,19 +208,31 @@ def show(plans: dict[str, Plan], links: list[jaxcomm.Link], workers: list[int], 
     console.print(advice_table(advise(plans, links[0], count)))
 
 
+def worker_counts(texts: list[str]) -> list[int]:
+    """The numbers of `--workers`.
+
+    Raises:
+      ValueError: not whole numbers of at least 1.
+    """
+    if not all(text.isdecimal() and int(text) for text in texts):
+        raise ValueError(f"--workers must be whole numbers of at least 1, got {','.join(texts)}")
+    return [int(text) for text in texts]
+
+
 def main(_: list[str]) -> None:
     std_logging.getLogger("jax").setLevel(std_logging.WARNING)
-    configs: dict[str, Any] = {}
-    if FLAGS.config is not None:
-        file = config_flags.get_config_filename(FLAGS["config"])
-        configs[load_config(file)[0]] = FLAGS.config
-    configs |= dict(load_config(text) for text in FLAGS.configs)
+    file = [] if FLAGS.config is None else [config_flags.get_config_filename(FLAGS["config"])]
+    configs = load_configs([*file, *FLAGS.configs])
+    if file:
+        configs[next(iter(configs))] = FLAGS.config  # with what the command line changes
     if not configs:
         raise app.UsageError("give --config=FILE.py, or --configs=FILE.py,FILE.py")
     latency = parse_seconds(FLAGS.latency)
     wire = {"latency": latency, "overhead": FLAGS.overhead, "burst": FLAGS.burst}
     links = [parse_link(text, **wire) for text in FLAGS.links]
-    workers = [int(n) for n in FLAGS.workers]
+    if not links:
+        raise ValueError("--links must be at least one link, got none")
+    workers = worker_counts(FLAGS.workers)
     given = {
         "compute_seconds": None if FLAGS.compute_ms is None else FLAGS.compute_ms / 1e3,
         "codec_seconds": None if FLAGS.codec_ms is None else FLAGS.codec_ms / 1e3,

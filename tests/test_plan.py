@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -11,7 +12,7 @@ import pytest
 from rich.console import Console
 
 import jaxcomm
-from configs import digits_dense, digits_ef21, digits_qsr
+from configs import digits_dense, digits_ef21, digits_local_sgd, digits_qsr
 from experiments import alone, plan
 from experiments.tasks import make_task
 from jaxcomm.traffic import Link
@@ -39,6 +40,16 @@ def test_the_branches_of_a_config_are_those_of_its_schedule():
     schedule = jaxcomm.qsr(rate, 0.006, 4, config.learning_rate.warmup_steps)
     meetings = len(jaxcomm.sync_steps(schedule, 200))
     assert shares == {(1,): meetings / 200, (0,): 1 - meetings / 200}
+
+
+def test_a_rule_that_wants_more_than_the_stand_in_has_is_counted_on_the_model():
+    sync = "periodic(error_feedback(top_k(k=500), axis_name), 5, total_steps=steps)"
+    config = smoke(digits_local_sgd, steps=10, sync=sync)
+    task, _ = examples(config)
+    assert alone.branch_shares(config, task) == {(1,): 0.2, (0,): 0.8}
+    config.sync = sync.replace("500", "100_000")
+    with pytest.raises(ValueError, match="k must be at most the vector's size, got k=100000"):
+        alone.branch_shares(config, task)
 
 
 def plan_learning_rate(config):
@@ -108,6 +119,35 @@ def test_a_step_alone_is_the_step_of_a_worker():
 
 def test_unseen_branches_cost_what_the_dearest_seen_one_does():
     assert alone.mean_seconds({(0,): 1.0, (1,): 3.0}, {(0,): 0.5, (1,): 0.25, (2,): 0.25}) == 2.0
+
+
+@pytest.mark.parametrize("text", ["abc", "2,0", "-1", "1.5", ""])
+def test_numbers_of_workers_are_whole_and_positive(text):
+    rule = f"^--workers must be whole numbers of at least 1, got {text}$"
+    with pytest.raises(ValueError, match=rule):
+        plan.worker_counts(text.split(","))
+    assert plan.worker_counts(["2", "16"]) == [2, 16]
+
+
+def test_a_plan_is_for_a_number_of_workers():
+    with pytest.raises(ValueError, match=r"config\.workers must be at least 1 for plan.*, got 0$"):
+        plan.make_plan("none", smoke(digits_dense, workers=0), [2])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"links": []}, "--links must be at least one link, got none"),
+        ({"configs": ["configs/digits_ef21.py:smoke"] * 2}, "has digits_ef21 twice"),
+    ],
+)
+def test_flags_that_say_nothing_or_something_twice_are_refused(changes, message, monkeypatch):
+    given = {"config": None, "configs": ["configs/digits_ef21.py"], "links": ["1mbit"]}
+    wire = {"latency": "50us", "overhead": 1.0, "burst": 0.0}
+    monkeypatch.setattr(plan, "FLAGS", types.SimpleNamespace(**given | wire | changes))
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(ValueError, match=message):
+        plan.main([])
 
 
 def test_the_command_line_refuses_in_one_sentence():

@@ -1,5 +1,6 @@
 """Links, predicted times, advice, and programs without their communication."""
 
+import dataclasses
 import io
 import itertools
 import math
@@ -16,6 +17,7 @@ import jaxcomm
 from jaxcomm.collectives.left_dense import record_left_dense
 from jaxcomm.traffic import Collective, Link, Method, Traffic, advise, predict
 from jaxcomm.traffic.alone import without_communication
+from jaxcomm.traffic.table import bandwidth_text, bytes_text, seconds_text
 from jaxcomm.transforms.common import log_dense
 
 AXIS, N = "workers", 4
@@ -37,6 +39,8 @@ def report(*collectives, choices=(), workers=N, elements=1000):
         ("1.5Gbit", 1.5e9, 0),
         ("400gbit@2us", 4e11, 2e-6),
         ("20mbps", 1.6e8, 0),  # bytes, as tc has it
+        ("20MB/s", 1.6e8, 0),
+        ("20Mb/s", 2e7, 0),
         ("1e3bit", None, None),
         ("fast", None, None),
         ("1gbit@soon", None, None),
@@ -138,6 +142,20 @@ def test_a_burst_passes_at_once_once_a_step():
         Link(1e6, burst=-1)
 
 
+@pytest.mark.parametrize("share", [0.5, 0.3])
+def test_every_kind_of_step_has_one_burst(share):
+    """Equal shares are other steps, and an every-step collective is in the step of a meeting."""
+    burst = Link.parse("10mbit", burst=30_000)
+    yes, no = (collective("all-reduce", 10**5, ("a", b)) for b in (1, 0))
+    every = collective("all-reduce", 10**4)
+    for collectives in ((yes, no), (every, yes), (every, yes, no)):
+        step = report(*collectives, choices=("a",))
+        seconds = lambda branches, step=step: predict(step, burst, branches=branches).step_seconds
+        mean = share * seconds({(1,): 1.0}) + (1 - share) * seconds({(0,): 1.0})
+        assert seconds({(1,): share, (0,): 1 - share}) == pytest.approx(mean)
+        assert seconds({(1,): 1.0, (0,): 0.0}) == seconds({(1,): 1.0})
+
+
 def test_meetings_are_spread_over_the_steps():
     step = report(
         collective("all-reduce", 10, part="metrics"),
@@ -214,6 +232,49 @@ def test_ranges_name_the_best_method_at_every_bandwidth(seed):
     for r in ranges:
         middle = math.sqrt(max(r.low, 1.0) * min(r.high, 1e16))
         assert advise(methods, Link(middle, 50e-6)).best == r.method
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_with_a_link_for_each_axis_the_lines_bend(seed):
+    random = np.random.default_rng(seed)
+    size = lambda low, high: 10 ** random.uniform(low, high)
+    workers = {("a",): 4, ("b",): 2, ("a", "b"): 8}
+
+    def method():
+        drawn = [list(workers)[i] for i in random.integers(3, size=3)]
+        ops = random.choice(["all-reduce", "all-gather", "all-to-all"], 3)
+        sent = [
+            collective(op, int(size(2, 5.5)), axes=axes, workers=workers[axes])
+            for op, axes in zip(ops, drawn)
+        ]
+        return Method(report(*sent, workers=8, elements=10**6), size(-4, -1))
+
+    methods = {"one": method(), "two": method()}
+    links = {"a": Link(size(8, 11), size(-6, -4)), "b": Link(size(7, 10), size(-6, -3))}
+    at = lambda b: advise(methods, links | {"b": dataclasses.replace(links["b"], bandwidth=b)})
+    found = advise(methods, links, vary="b")
+    for name, even in found.break_even.items():
+        for b in (1e-3, even / 10, even * (1 - 1e-6), even * (1 + 1e-6)):
+            if 0 < b < math.inf:
+                seconds = {k: p.step_seconds for k, p in at(b).predictions.items()}
+                assert (seconds[name] < seconds["dense"]) == (b < even), (name, b, even)
+    assert [r.low for r in found.ranges] == [0.0, *(r.high for r in found.ranges[:-1])]
+    assert math.isinf(found.ranges[-1].high)
+    for r in found.ranges:
+        for b in (r.low * (1 + 1e-6) or 1e-3, min(r.high * (1 - 1e-6), 1e18)):
+            assert at(b).best == r.method
+
+
+def test_a_method_that_wins_on_fast_links_alone_has_its_range_and_no_break_even():
+    """The dense one waits for b, then for a; both others for b alone."""
+    both = collective("all-reduce", 10**6, axes=("a", "b"), workers=2)
+    fast, slow = (collective("all-reduce", n, axes=("b",), workers=2) for n in (10**5, 2 * 10**6))
+    links = {"a": Link(1e8), "b": Link(1e7)}
+    dense, little, much = (report(c, workers=2) for c in (both, fast, slow))
+    found = advise({"dense": dense, "little": Method(little, 0.1), "much": much}, links, vary="b")
+    assert found.break_even == {"little": math.inf, "much": 0.0}
+    assert [r.method for r in found.ranges] == ["little", "much"]
+    assert found.ranges[1].low == pytest.approx((6.4e7 - 3.2e6) / 0.1)
 
 
 def test_methods_that_always_or_never_pay():
@@ -364,6 +425,18 @@ def test_tables_show_branches_sums_and_ranges():
     text = shown(jaxcomm.print_advice, advise({"mine": step}, ONE_GBIT, codec_seconds=0.01))
     assert "mine up to" in text
     assert "dense above" in text
+
+
+@pytest.mark.parametrize(
+    ("function", "texts"),
+    [
+        (bytes_text, {0: "0 B", 999.4: "999 B", 999.6: "1 kB", 999_600: "1 MB", 2e12: "2,000 GB"}),
+        (seconds_text, {0: "0", 0.000_999_9: "1 ms", 0.9996: "1 s", 999.9: "1,000 s"}),
+        (bandwidth_text, {0: "never", 0.5: "0.5 bit/s", 999_900: "1 Mbit/s", 9.996e8: "1 Gbit/s"}),
+    ],
+)
+def test_what_rounds_to_a_unit_is_written_in_it(function, texts):
+    assert {value: function(value) for value in texts} == texts
 
 
 def everything(x):

@@ -5,18 +5,22 @@ codec, latencies), so that two methods break even at
 
     B* = (bits_1 - bits_2) / (fixed_2 - fixed_1)
 
-and the best one at each bandwidth is the lower envelope of these lines in 1/B.
+and the best one at each bandwidth is the lower envelope of these lines in 1/B. With a link for each
+axis a collective over several waits for the slowest, and the lines bend at the bandwidths at which
+that is another one: between two bends they are straight.
 """
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from jaxcomm.traffic.ledger import Traffic
 from jaxcomm.traffic.link import Link, Links, as_links
-from jaxcomm.traffic.prediction import Branches, Prediction, predict
+from jaxcomm.traffic.prediction import Branches, Prediction, bends, predict
 
 WITHOUT = "dense"  # the name of the method without compression
+Piece = tuple[float, float, dict[str, tuple[float, float]]]  # low, high, (fixed, bits) by name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,12 +44,21 @@ class Range:
 
 @dataclasses.dataclass(frozen=True)
 class Advice:
-    """Step times on one link, and where each method is the best; `print_advice` shows it."""
+    """Step times on one link, and where each method is the best; `print_advice` shows it.
+
+    Attributes:
+      link: the link, or those of all axes.
+      predictions: of a step, by method.
+      break_even: bits a second below which the method always beats the dense one; 0 never, inf at
+        any bandwidth. A method that wins on fast links alone (it saves latency, but sends more), or
+        on faster ones again, pays there as well: of that only `ranges` tells.
+      ranges: from slow to fast.
+    """
 
     link: Links
     predictions: dict[str, Prediction]
-    break_even: dict[str, float]  # bits a second below which the method beats the dense one
-    ranges: tuple[Range, ...]  # from slow to fast
+    break_even: dict[str, float]
+    ranges: tuple[Range, ...]
 
     @property
     def best(self) -> str:
@@ -77,7 +90,9 @@ def advise(
         slowest one.
 
     Returns:
-      An Advice; bandwidths in it are those of the one link, or of the axis `vary`.
+      An Advice; bandwidths in it are those of the one link, or of the axis `vary`. They are exact
+      unless another branch becomes the dearest (`rounds_per_step`), or links of several axes have
+      bursts.
 
     Raises:
       ValueError: no method, no link for `vary`, an infinite bandwidth, or as `predict`.
@@ -98,7 +113,7 @@ def advise(
     if not methods:
         raise ValueError("advise: at least one method is needed, got none")
     link = as_links(link)
-    _check_bandwidth(link, vary)
+    own, at = _in_question(link, vary)
     as_method = lambda m: m if isinstance(m, Method) else Method(m, codec_seconds)
     every = {name: as_method(m) for name, m in methods.items()}
     if WITHOUT not in every:
@@ -113,67 +128,58 @@ def advise(
         branches=m.branches,
     )
     predictions = {name: timed(m, link) for name, m in every.items()}
-    lines = {}
-    for name, m in every.items():
-        here, bandwidth = predictions[name].step_seconds, _bandwidth(link, vary)
-        bits = _bits(predictions[name], lambda k, m=m: timed(m, k), link, vary)
-        lines[name] = (here - bits / bandwidth, bits)
+    bent = {b for m in every.values() for b in bends(m.traffic, at(math.inf), own)}
+    ends = (0.0, *sorted({float(f"{b:.12g}") for b in bent}), math.inf)  # no two almost the same
+    line = lambda m, *piece: _line(lambda b: timed(m, at(b)).step_seconds, *piece)
+    pieces = [
+        (low, high, {name: line(m, low, high) for name, m in every.items()})
+        for low, high in itertools.pairwise(ends)
+    ]
     others = [name for name in every if name != WITHOUT]
-    even = {name: break_even(lines[WITHOUT], lines[name]) for name in others}
-    return Advice(link, predictions, even, _envelope(lines))
+    even = {name: _break_even(pieces, name) for name in others}
+    return Advice(link, predictions, even, _envelope(pieces))
 
 
-def break_even(dense: tuple[float, float], method: tuple[float, float]) -> float:
-    """Bits a second below which the method's step is shorter; 0 never, inf always.
-
-    Both are (fixed seconds, bits) of a step. A method that sends more bits pays nowhere here, even
-    if on a fast enough link it should save latency.
-    """
-    saved, paid = dense[1] - method[1], method[0] - dense[0]
-    if saved <= 0:
-        return 0.0
-    return math.inf if paid <= 0 else saved / paid
-
-
-def _varied(link: Links, vary: str | None) -> str:
-    """The axis whose bandwidth is in question."""
-    assert not isinstance(link, Link)
-    return vary or min(link, key=lambda name: link[name].bandwidth)
-
-
-def _check_bandwidth(link: Links, vary: str | None) -> None:
-    if not isinstance(link, Link) and vary not in (None, *link):
-        raise ValueError(f"advise: vary must be one of {sorted(link)}, got {vary!r}")
-    if math.isinf(_bandwidth(link, vary)):
-        raise ValueError("advise: the bandwidth in question must be finite, got inf")
-
-
-def _bandwidth(link: Links, vary: str | None) -> float:
-    return (link if isinstance(link, Link) else link[_varied(link, vary)]).bandwidth
-
-
-def _bits(prediction: Prediction, again, link: Links, vary: str | None) -> float:
-    """Bits of a step that wait for the link in question."""
-    bandwidth = _bandwidth(link, vary)
+def _in_question(link: Links, vary: str | None) -> tuple[Link, Callable[[float], Links]]:
+    """The link whose bandwidth is in question, and all links when it has another one."""
     if isinstance(link, Link):
-        return prediction.transfer_seconds * bandwidth
-    name = _varied(link, vary)
-    slower = dataclasses.replace(link[name], bandwidth=bandwidth / 2)
-    return (again({**link, name: slower}).step_seconds - prediction.step_seconds) * bandwidth
+        own, among = link, lambda k: k
+    else:
+        if vary not in (None, *link):
+            raise ValueError(f"advise: vary must be one of {sorted(link)}, got {vary!r}")
+        axis = vary or min(link, key=lambda name: link[name].bandwidth)
+        own, among = link[axis], lambda k: {**link, axis: k}
+    if math.isinf(own.bandwidth):
+        raise ValueError("advise: the bandwidth in question must be finite, got inf")
+    return own, lambda bandwidth: among(dataclasses.replace(own, bandwidth=bandwidth))
 
 
-def _envelope(lines: dict[str, tuple[float, float]]) -> tuple[Range, ...]:
+def _line(seconds, low: float, high: float) -> tuple[float, float]:
+    """(fixed seconds, bits) of a step, where its time is straight in 1/B."""
+    slow, fastest = low or min(high / 2, 1.0), seconds(high)
+    bits = (seconds(slow) - fastest) / (1 / slow - 1 / high)
+    return fastest - bits / high, bits
+
+
+def _break_even(pieces: list[Piece], name: str) -> float:
+    """The end of the range that the method has from bandwidth 0 on, beside the dense one alone."""
+    two = [(*ends, {k: lines[k] for k in (WITHOUT, name)}) for *ends, lines in pieces]
+    first = _envelope(two)[0]
+    return first.high if first.method == name else 0.0
+
+
+def _envelope(pieces: list[Piece]) -> tuple[Range, ...]:
     """The best method from bandwidth 0 (fewest bits) to infinity (least fixed time)."""
     ranges: list[Range] = []
-    low = 0.0
-    name = min(lines, key=lambda k: lines[k][::-1])
-    while True:
-        fixed, bits = lines[name]
-        rivals = [k for k, (f, _) in lines.items() if f < fixed]
-        cross = {k: (lines[k][1] - bits) / (fixed - lines[k][0]) for k in rivals}
-        if not cross:
-            return (*ranges, Range(name, low, math.inf))
-        rival = min(cross, key=lambda k: (cross[k], lines[k][0]))
-        if cross[rival] > low:
-            ranges.append(Range(name, low, cross[rival]))
-        low, name = max(low, cross[rival]), rival
+    for low, high, lines in pieces:
+        name = min(lines, key=lambda k: (lines[k][0] * low + lines[k][1], lines[k][0]))
+        while low < high:
+            fixed, bits = lines[name]
+            cross = {k: (b - bits) / (fixed - f) for k, (f, b) in lines.items() if f < fixed}
+            rival = min(cross, key=lambda k: (cross[k], lines[k][0]), default=name)
+            end = min(cross.get(rival, high), high)
+            if end > low:
+                start = ranges.pop().low if ranges and ranges[-1].method == name else low
+                ranges.append(Range(name, start, end))
+            low, name = max(low, end), rival
+    return tuple(ranges)

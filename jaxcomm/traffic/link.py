@@ -55,7 +55,8 @@ class Link:
     def parse(cls, text: str, **options) -> "Link":
         """A link from '100mbit', '1gbit', '400gbit@2us' (with the latency behind an @).
 
-        As for `tc`, bit is bits a second and bps bytes a second; prefixes are powers of 1,000.
+        As for `tc`, bit is bits a second and bps bytes a second; b/s is bits, B/s bytes. Prefixes
+        are powers of 1,000.
 
         Args:
           text: bandwidth, and perhaps the latency.
@@ -75,7 +76,8 @@ class Link:
                 f"a link is a bandwidth such as 100mbit, 1gbit or 400gbit@2us, got {text!r}"
             )
         number, prefix, unit = match.groups()
-        bandwidth = float(number) * _PREFIX[prefix.lower()] * (8 if unit.lower() == "bps" else 1)
+        unit_bits = 8 if unit.lower() == "bps" or unit.startswith("B/") else 1
+        bandwidth = float(number) * _PREFIX[prefix.lower()] * unit_bits
         if delay:
             options["latency"] = parse_seconds(delay)
         return cls(bandwidth=bandwidth, **options)

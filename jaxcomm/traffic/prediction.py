@@ -12,10 +12,11 @@ own); nothing is assumed to hide behind the gradient's computation:
 
     step = compute + codec + latencies + max(transfers, hosts)
 
-where transfers are less by what a link passes at once after the silence between two steps
-(`Link.burst`), and `hosts` is what the communication takes on a link of any bandwidth: the
-processors' work on messages and the waiting for the slowest worker, which go on while bytes are on
-the wire. With messages in the background the codec, too, works on one while another travels:
+where all are averages over steps. The transfers of each step are less by what a link passes at
+once after the silence before it (`Link.burst`), and `hosts` is what the communication takes on a
+link of any bandwidth: the processors' work on messages and the waiting for the slowest worker,
+which go on while bytes are on the wire. With messages in the background the codec, too, works on
+one while another travels:
 
     step = compute + max(codec, latencies + max(transfers, hosts))
 """
@@ -24,7 +25,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from jaxcomm.traffic.ledger import Collective, Traffic, extreme
-from jaxcomm.traffic.link import Links, as_links, links_of
+from jaxcomm.traffic.link import Link, Links, as_links, links_of
 
 HOPS = {
     "all-reduce": lambda n: 2 * (n - 1),
@@ -62,6 +63,7 @@ class Prediction:
     """Predicted times of a step, in seconds, and bytes one worker sends; averages over steps."""
 
     collectives: tuple[Timed, ...]
+    transfer_seconds: float  # what the bytes take; the collectives of one step share one burst
     compute_seconds: float
     codec_seconds: float
     host_seconds: float = 0.0
@@ -86,15 +88,6 @@ class Prediction:
     def latency_seconds(self) -> float:
         """The part of the communication that no bandwidth shortens."""
         return sum(t.share * t.latency_seconds for t in self.collectives)
-
-    @property
-    def transfer_seconds(self) -> float:
-        """The part that the bytes take; those of one step have one burst."""
-        steps: dict[float, list[Timed]] = {}
-        for t in self.collectives:
-            steps.setdefault(t.share, []).append(t)
-        left = lambda ts: sum(t.transfer_seconds for t in ts) - max(t.burst_seconds for t in ts)
-        return sum(share * max(0.0, left(ts)) for share, ts in steps.items())
 
     @property
     def step_seconds(self) -> float:
@@ -166,9 +159,12 @@ def predict(
         if not value >= 0:  # nor nan
             raise ValueError(f"predict: {name} must not be negative, got {value}")
     link = as_links(link)
-    shares = _shares(traffic, link, rounds_per_step, branches)
-    timed = (_timed(c, link, share) for c, share in zip(traffic.collectives, shares))
-    return Prediction(tuple(timed), **seconds, background=background)
+    runs = _runs(traffic, link, rounds_per_step, branches)
+    share = lambda c: sum(share for run, share in runs if id(c) in run)
+    timed = tuple(_timed(c, link, share(c)) for c in traffic.collectives)
+    of = lambda run: [t for t in timed if id(t.collective) in run]
+    transfers = sum(share * _transfers(of(run)) for run, share in runs)
+    return Prediction(timed, transfers, **seconds, background=background)
 
 
 def _timed(c: Collective, link: Links, share: float = 1.0) -> Timed:
@@ -181,17 +177,38 @@ def _timed(c: Collective, link: Links, share: float = 1.0) -> Timed:
     return max(each, key=lambda t: t.seconds)
 
 
-def _shares(traffic, link, rounds_per_step, branches) -> list[float]:
-    """Of each collective: the share of the steps that run it."""
+def _transfers(run: list[Timed]) -> float:
+    """Seconds that the bytes of one step take: of them all, one burst passes at once."""
+    burst = max((t.burst_seconds for t in run), default=0.0)
+    return max(0.0, sum(t.transfer_seconds for t in run) - burst)
+
+
+def bends(traffic: Traffic, link: Links, own: Link) -> list[float]:
+    """Bandwidths of a link below which it holds up a collective, above which another link does.
+
+    Args:
+      traffic: what the step sends.
+      link: the links of all axes, of which the one in question is infinitely fast.
+      own: the one in question.
+    """
+    found = []
+    for c in traffic.collectives:
+        alone = _timed(c, own)
+        spare = _timed(c, link).seconds - alone.latency_seconds
+        if spare > 0 and alone.transfer_seconds:
+            found.append(own.bandwidth * alone.transfer_seconds / spare)
+    return found
+
+
+def _runs(traffic, link, rounds_per_step, branches) -> list[tuple[set[int], float]]:
+    """The kinds of steps: which collectives each runs (their ids), and its share of the steps."""
     if branches is not None:
         shares = branches.values()
         if not (all(v >= 0 for v in shares) and abs(sum(shares) - 1) <= 1e-6):
             raise ValueError(f"predict: the shares of branches must sum to 1, got {branches}")
-        runs = [({id(c) for c in traffic.during(b)}, share) for b, share in branches.items()]
-    else:
-        if not 0 <= rounds_per_step <= 1:
-            raise ValueError(f"predict: rounds_per_step must be in [0, 1], got {rounds_per_step}")
-        cost = lambda c: _timed(c, link).seconds
-        dear, cheap = ({id(c) for c in extreme(traffic.collectives, cost, f)} for f in (max, min))
-        runs = [(dear, rounds_per_step), (cheap, 1 - rounds_per_step)]
-    return [sum(share for run, share in runs if id(c) in run) for c in traffic.collectives]
+        return [({id(c) for c in traffic.during(b)}, share) for b, share in branches.items()]
+    if not 0 <= rounds_per_step <= 1:
+        raise ValueError(f"predict: rounds_per_step must be in [0, 1], got {rounds_per_step}")
+    cost = lambda c: _timed(c, link).seconds
+    dear, cheap = ({id(c) for c in extreme(traffic.collectives, cost, f)} for f in (max, min))
+    return [(dear, rounds_per_step), (cheap, 1 - rounds_per_step)]

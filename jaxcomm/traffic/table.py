@@ -109,26 +109,13 @@ def prediction_text(with_: Prediction, without: Prediction) -> str:
 
 def bytes_text(value: float) -> str:
     """Bytes with a decimal prefix."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if value >= size:
-            return (
-                f"{value / size:.3g} {unit}"
-                if value < 1000 * size
-                else f"{value / size:,.0f} {unit}"
-            )
-    return f"{value:.0f} B"
+    units = {"GB": 1e9, "MB": 1e6, "kB": 1e3}
+    return _in_units(value, units) if value >= 999.5 else f"{value:.0f} B"
 
 
 def seconds_text(value: float) -> str:
     """Seconds, milliseconds or microseconds, three digits."""
-    for unit, size in (("s", 1.0), ("ms", 1e-3)):
-        if value >= size:
-            return (
-                f"{value / size:.3g} {unit}"
-                if value < 1000 * size
-                else f"{value / size:,.0f} {unit}"
-            )
-    return f"{value * 1e6:.3g} us" if value else "0"
+    return _in_units(value, {"s": 1.0, "ms": 1e-3, "us": 1e-6}) if value else "0"
 
 
 def bandwidth_text(value: float) -> str:
@@ -137,10 +124,16 @@ def bandwidth_text(value: float) -> str:
         return "never"
     if value == float("inf"):
         return "always"
-    for unit, size in (("Tbit", 1e12), ("Gbit", 1e9), ("Mbit", 1e6), ("kbit", 1e3)):
-        if value >= size:
-            return f"{value / size:.3g} {unit}/s"
-    return f"{value:.3g} bit/s"
+    units = {"Tbit/s": 1e12, "Gbit/s": 1e9, "Mbit/s": 1e6, "kbit/s": 1e3, "bit/s": 1.0}
+    return _in_units(value, units)
+
+
+def _in_units(value: float, units: Mapping[str, float]) -> str:
+    """Three digits, in the largest unit of which there is one, or else the smallest."""
+    rounded = float(f"{value:.3g}")  # 999,600 bytes are 1 MB, not 1e+03 kB
+    unit = next((u for u, size in units.items() if rounded >= size), [*units][-1])
+    digits = ".3g" if rounded < 1000 * units[unit] else ",.0f"
+    return f"{value / units[unit]:{digits}} {unit}"
 
 
 def _range_text(method: str, low: float, high: float) -> str:
