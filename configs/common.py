@@ -1,5 +1,8 @@
 """What the configs share: every field, with its default.
 
+The processes of a job must have the same values, but for local_checkpoints, pace, stuck_seconds and
+standstill_seconds, which are of a host.
+
 tx, sync     Python expressions over jaxcomm's public names and optax.*, with axis_name,
              learning_rate, steps, warmup_steps and workers in scope
 workers      how many; 0 for as many as there are devices in the job, which may be other ones when
@@ -16,6 +19,7 @@ snapshot_every
              with continue: steps between two copies of the state to host memory
 stuck_seconds, standstill_seconds
              a process without a sign of life, or a job without a step, for so long ends; 0: never
+             (the first counts from the start of the process, the second from the first step's)
              (with continue the others leave such a process, after 11 s at the earliest)
 monitor      at every line of metrics of several processes, who is slower than the others: '' nobody
              looks; processor compares the time of a small fixed program; step that of a process's

@@ -19,6 +19,7 @@ from types import ModuleType
 from absl import app
 
 from experiments import command_line
+from experiments.netns import NetworkError
 
 NAMES = ("wire", "codec", "faults", "overlap", "peers", "scale")
 
@@ -47,12 +48,12 @@ def main(argv: list[str]) -> int:
         getattr(module, "define_flags", lambda: None)()
         measure = lambda rest: module.main(rest[2:])
         app.run(measure, argv=argv, flags_parser=command_line.parse_flags)
-    except ValueError as error:
+    except (ValueError, OSError, NetworkError) as error:
         text = command_line.sentence(error)
         if text is None:
             raise
         print(f"bench: {text}", file=sys.stderr)
-        return 2
+        return command_line.exit_code(error)
     return 0
 
 

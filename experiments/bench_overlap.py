@@ -14,7 +14,7 @@ from pathlib import Path
 
 from absl import flags
 
-from experiments import cluster
+from experiments import cluster, command_line
 from experiments.rows import read_rows
 
 RATIOS = ("0.5", "0.9")
@@ -85,7 +85,7 @@ def report(rows: list[dict]) -> str:
 def define_flags() -> None:
     """The command line of this measurement."""
     flags.DEFINE_string("workdir", "runs/bench_overlap", "Where rows and the table go.")
-    flags.DEFINE_list("hosts", ["2", "4"], "Numbers of hosts.")
+    command_line.define_counts("hosts", [2, 4], "Numbers of hosts.", least=2)
     flags.DEFINE_string("rate", "100mbit", "Link of the hosts.")
     flags.DEFINE_float("timeout", None, "Seconds after which a set of hosts is ended.")
 
@@ -96,6 +96,6 @@ def main(arguments: list[str]) -> None:
     if arguments:
         raise ValueError(f"bench overlap takes no arguments, got {arguments}")
     workdir = Path(values.workdir)
-    text = report(run([int(n) for n in values.hosts], values.rate, workdir, values.timeout))
+    text = report(run(values.hosts, values.rate, workdir, values.timeout))
     (workdir / "overlap.md").write_text(text)
     print(text)

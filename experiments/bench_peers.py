@@ -20,7 +20,7 @@ from pathlib import Path
 
 from absl import flags
 
-from experiments import cluster, netns
+from experiments import cluster, command_line, netns
 from experiments.bench_peers_cases import HOSTS, METHODS, RATES, RAW, Case, cases
 from experiments.bench_peers_plan import predictions
 from experiments.bench_peers_report import draw, index, report
@@ -129,7 +129,7 @@ def define_flags() -> None:
     """The command line of this measurement."""
     flags.DEFINE_string("workdir", "runs/bench_peers", "Where rows, table and figure go.")
     flags.DEFINE_bool("quick", False, "Only the cells that matter most, and fewer steps.")
-    flags.DEFINE_list("hosts", None, "Numbers of hosts; default 2,4 (quick: 4).")
+    command_line.define_counts("hosts", None, "Numbers of hosts; default 2,4 (quick: 4).", least=2)
     flags.DEFINE_list("rates", None, "Links, such as raw,1gbit,100mbit,10mbit.")
     flags.DEFINE_integer("steps", None, "Steps of a training.", lower_bound=10)
     flags.DEFINE_string("only", "", "Only methods whose name contains this.")
@@ -144,11 +144,13 @@ def main(arguments: list[str]) -> None:
     quick, without = values.quick, torch_missing()
     if without:
         print(without)
-    hosts = tuple(int(n) for n in values.hosts or ((4,) if quick else HOSTS))
+    hosts = tuple(values.hosts or ((4,) if quick else HOSTS))
     rates = possible(tuple(RAW if rate == "raw" else rate for rate in values.rates or RATES))
     steps = values.steps or (QUICK_STEPS if quick else STEPS)
     setting = Setting(steps, SECONDS, any(rates), values.timeout)
     todo = [c for c in cases(hosts, rates, quick, not without) if values.only in c.method]
+    if not todo:
+        raise ValueError(f"--only must be in the name of a method, got {values.only!r}")
     workdir = Path(values.workdir)
     failed = ""
     try:
@@ -159,7 +161,7 @@ def main(arguments: list[str]) -> None:
     if failed:
         print(failed, file=sys.stderr)
     if rows:
-        chosen = f"--hosts={','.join(values.hosts)} " if values.hosts else ""
+        chosen = f"--hosts={','.join(map(str, values.hosts))} " if values.hosts else ""
         _publish(rows, workdir, ("--quick " if quick else "") + chosen, steps)
     if failed:
         sys.exit(1)

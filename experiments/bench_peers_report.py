@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from experiments.bench_peers_cases import BY_NAME, DENSE, RAW
+from experiments.figures import pyplot
 
 Rows = dict[tuple, dict]
 PLAN_ERROR = 0.15  # of a prediction, at most
@@ -363,14 +364,8 @@ def _loss_cells(rows, name, hosts, rate, target, end) -> list[str]:
 
 def draw(rows: Iterable[dict], path: Path) -> None:
     """Exposed communication, and validation loss against seconds, of the most hosts."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("matplotlib is not installed: no figure (pip install 'jaxcomm[plots]').")
+    if (plt := pyplot()) is None:
         return
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
     found = index(rows)
     hosts = max(key[3] for key in found)
     rates = [r for r in _rates(found, "large", hosts) or _rates(found, "small", hosts) if r][-2:]

@@ -19,12 +19,13 @@ from pathlib import Path
 
 from absl import flags
 
-from experiments import cluster, netns
+from experiments import cluster, command_line, netns
 from experiments.bench_scale_cases import RAW, Case, Link, alone_cases, link_cases
-from experiments.bench_scale_report import draw, report
+from experiments.bench_scale_report import GROW, draw, report
 from experiments.rows import append_row, read_rows
 
 ALONE, HOSTS = tuple(f.name for f in dataclasses.fields(Case)), ("method", "hosts", "rate")
+PARTS = (*GROW, "hosts")
 
 
 def run_alone(cases: list[Case], path: Path, limit: float) -> dict[Case, str]:
@@ -104,8 +105,8 @@ def _free_bytes() -> int:
 def define_flags() -> None:
     """The command line of this measurement."""
     flags.DEFINE_string("workdir", "runs/bench_scale", "Where rows, table and figure go.")
-    flags.DEFINE_list("only", "workers,parameters,leaves,hosts", "Which parts.")
-    flags.DEFINE_list("hosts", "2,4", "Numbers of real hosts.")
+    flags.DEFINE_list("only", ",".join(PARTS), "Which parts.")
+    command_line.define_counts("hosts", [2, 4], "Numbers of real hosts.", least=2)
     flags.DEFINE_list("rates", "raw,100mbit,10mbit", "What each host may send.")
     flags.DEFINE_integer("largest", 10**8, "Largest number of parameters.")
     flags.DEFINE_float("limit", 600.0, "Seconds after which a case is given up.")
@@ -116,13 +117,15 @@ def main(arguments: list[str]) -> None:
     values = flags.FLAGS
     if arguments:
         raise ValueError(f"bench scale takes no arguments, got {arguments}")
+    if not values.only or not set(values.only) <= set(PARTS):
+        raise ValueError(
+            f"--only must be some of {', '.join(PARTS)}, got {','.join(values.only)!r}"
+        )
     workdir = Path(values.workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     path = workdir / "rows.jsonl"
     cases = [case for case in alone_cases(values.largest) if case.grows in values.only]
-    links = (
-        link_cases([int(n) for n in values.hosts], values.rates) if "hosts" in values.only else []
-    )
+    links = link_cases(values.hosts, values.rates) if "hosts" in values.only else []
     reasons = run_alone(cases, path, values.limit)
     why_not = run_hosts(links, path, values.limit)
     alone, between = read_rows(path, ALONE), read_rows(path, HOSTS)

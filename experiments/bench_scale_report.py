@@ -7,6 +7,7 @@ import jax
 
 import jaxcomm
 from experiments.bench_scale_cases import METHODS, RAW, ROUND, make_step, mlp, mlp_batch, mlp_loss
+from experiments.figures import pyplot
 from experiments.probe import LATENCY, throttled_link
 from jaxcomm.traffic.link import ETHERNET
 
@@ -181,11 +182,8 @@ def _curve(rows: list[dict]) -> list[str]:
 
 def draw(alone: list[dict], between: list[dict], path: Path) -> None:
     """Seconds a step against what grows; the prediction with the measured points on it."""
-    import matplotlib  # slow to import, an extra
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
+    if (plt := pyplot()) is None:
+        return
     figure, axes = plt.subplots(1, 4, figsize=(18, 4.2), layout="constrained")
     colours = dict(zip(METHODS, ("tab:gray", "black", "tab:blue", "tab:orange", "tab:green")))
     for axis, grows in zip(axes, GROW):

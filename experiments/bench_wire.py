@@ -16,7 +16,7 @@ from pathlib import Path
 
 from absl import flags
 
-from experiments import cluster
+from experiments import cluster, command_line
 from experiments.bench_wire_cases import Case, byte_cases, timed_cases
 from experiments.bench_wire_report import report
 from experiments.rows import read_rows
@@ -77,7 +77,7 @@ def _key(case: Case, job: Job) -> tuple:
 def define_flags() -> None:
     """The command line of this measurement."""
     flags.DEFINE_string("workdir", "runs/bench_wire", "Where rows and tables go.")
-    flags.DEFINE_list("hosts", ["2", "4"], "Numbers of hosts of the byte rows.")
+    command_line.define_counts("hosts", [2, 4], "Numbers of hosts of the byte rows.", least=2)
     flags.DEFINE_string("rate", "1gbit", "Link of the byte rows; empty for plain loopback.")
     flags.DEFINE_string("only", "", "Only compressors whose name contains this.")
     flags.DEFINE_bool("timed", True, "Also time the exchanges of 10 million elements.")
@@ -90,7 +90,9 @@ def main(arguments: list[str]) -> None:
     if arguments:
         raise ValueError(f"bench wire takes no arguments, got {arguments}")
     workdir = Path(values.workdir)
-    todo = jobs([int(n) for n in values.hosts], values.rate, values.only, values.timed)
+    todo = jobs(values.hosts, values.rate, values.only, values.timed)
+    if not any(job.cases for job in todo):
+        raise ValueError(f"--only must be in the name of a compressor, got {values.only!r}")
     rows = run(todo, workdir, values.timeout)
     text = report(rows)
     (workdir / "wire.md").write_text(text)

@@ -19,7 +19,8 @@ rank 0 may fail while the others go on, if the program can (config.on_failure=co
 mistake of the user; who still runs --grace seconds after rank 0 has ended well has failed as well.
 
 The exit code is 0, or that of the rank that failed (128 + the number of the signal that killed it),
-124 after a time-out, 130 after Ctrl-C, 2 if the job could not be started.
+1 if more than K still ran, 124 after a time-out, 130 after Ctrl-C, 2 if the job could not be
+started.
 """
 
 import contextlib
@@ -47,6 +48,7 @@ PROCESS_ID, COUNTER = "JAXCOMM_PROCESS_ID", "JAXCOMM_COUNTER"
 ATTEMPT = "JAXCOMM_ATTEMPT"
 COORDINATOR_PORT = 7777  # in a namespace, where every port is free
 DEVICE_COUNT = re.compile(r"--xla_force_host_platform_device_count=\S*")
+LONGEST = 1e9  # seconds; Python's own waits end at nine times that
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,8 +60,8 @@ class Job:
       hosts: how many processes.
       rate: what each of them may send, as in `netns.parse_rate`; None for plain loopback.
       devices_per_host: CPU devices of a process.
-      timeout: seconds after which the job is ended; None for no limit.
-      grace: seconds between SIGTERM and SIGKILL for processes that have to be ended.
+      timeout: seconds after which the job is ended, up to 1e9; None for no limit.
+      grace: seconds between SIGTERM and SIGKILL for processes that have to be ended, up to 1e9.
       restarts: how often the job is started again after it lost a process.
       losses: how many processes other than rank 0 may fail while the others go on.
       fewer_hosts: with how few hosts it may go on; None for always `hosts`.
@@ -86,10 +88,12 @@ class Job:
         for name in ("hosts", "devices_per_host"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.timeout is not None and not self.timeout > 0:
-            raise ValueError(f"timeout must be positive, got {self.timeout:g}")
-        if not self.grace >= 0:
-            raise ValueError(f"grace must not be negative, got {self.grace:g}")
+        if self.timeout is not None and not 0 < self.timeout <= LONGEST:
+            raise ValueError(
+                f"timeout must be positive and at most {LONGEST:g} s, got {self.timeout:g}"
+            )
+        if not 0 <= self.grace <= LONGEST:
+            raise ValueError(f"grace must be from 0 to {LONGEST:g} s, got {self.grace:g}")
         for name in ("restarts", "losses"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
@@ -192,17 +196,14 @@ def launch(job: Job) -> Report:
 
 
 def first_failed(outcome: processes.Outcome) -> processes.Ended | None:
-    """The rank that ended the job by failing; None if none did (a time-out, a signal, success)."""
+    """The rank that failed first; None if none did (a time-out, a signal, success)."""
     failed = [rank for rank in outcome.ranks if not rank.stopped and rank.exit_code]
     return min(failed, key=lambda rank: rank.seconds) if failed else None
 
 
 def starts_again(outcome: processes.Outcome, left: int) -> bool:
     """Whether a job that ended like this is started again, with so many restarts left."""
-    failed = first_failed(outcome)
-    if outcome.final or failed is None:
-        return False
-    return left > 0 and failed.exit_code != MISTAKE
+    return left > 0 and not outcome.final and outcome.exit_code not in (0, MISTAKE)
 
 
 def hosts_left(job: Job, failures: list[processes.Outcome]) -> int:
@@ -307,6 +308,14 @@ def main(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> int:
     return report.outcome.exit_code
 
 
+def parse_flags(argv: list[str]) -> list[str]:
+    """What the flags leave of the arguments; a flag that cannot be ends the program with code 2."""
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        sys.exit(_refuse(error))
+
+
 def _refuse(error: Exception) -> int:
     print(f"cluster: {error}", file=sys.stderr)
     return 2
@@ -323,4 +332,4 @@ if __name__ == "__main__":
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     define_flags(flags.FLAGS)
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

@@ -10,9 +10,11 @@ that a comparison can be looked at early. Writes report.md, table.csv, figure.pn
 
 import ast
 import csv
+import importlib.machinery
 import importlib.util
 import json
 import logging as std_logging
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +27,7 @@ from rich.table import Table
 from experiments import command_line, job
 from experiments.config import Config
 from experiments.devices import setup_devices
+from experiments.figures import pyplot
 from experiments.train import train_and_evaluate
 from jaxcomm.training.distributed import initialize
 from jaxcomm.training.metrics import human_bytes, prepare_workdir
@@ -37,7 +40,7 @@ class Runs(NamedTuple):
 
     name: str
     summaries: list[dict[str, Any]]
-    curves: list[list[dict[str, Any]]]  # the lines of metrics.jsonl with a validation loss
+    curves: list[list[dict[str, Any]]]  # what was evaluated: lines of metrics.jsonl, and the end
 
     def values(self, key: str) -> np.ndarray:
         """A figure of the summaries, one a seed; nan where there is none."""
@@ -52,15 +55,17 @@ def load_config(text: str) -> tuple[str, Config]:
 
     Raises:
       FileNotFoundError: there is no such file.
+      SyntaxError: it is no Python.
+      AttributeError: it has no `get_config`.
     """
     path, _, argument = text.partition(":")
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no config file {path}")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    loader = importlib.machinery.SourceFileLoader(Path(path).stem, path)
+    spec = importlib.util.spec_from_file_location(loader.name, path, loader=loader)
     assert spec is not None
-    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    loader.exec_module(module)
     rule = argument.removesuffix("smoke").removesuffix("-")
     return "_".join(filter(None, (Path(path).stem, rule))), module.get_config(argument or None)
 
@@ -86,19 +91,22 @@ def set_fields(config: Config, assignments: list[str]) -> None:
     Raises:
       ValueError: not a field of the config, or a value of another type.
     """
-    changes = {}
+    config.lock()
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
-        if not equals or key.split(".")[0] not in config:
-            raise ValueError(f"--set wants KEY=VALUE with a key of the config, got {assignment!r}")
+        wrong = f"--set wants KEY=VALUE with a key of the config, got {assignment!r}"
+        if not equals:
+            raise ValueError(wrong)
         try:
-            changes[key] = ast.literal_eval(text)
+            value = ast.literal_eval(text)
         except (ValueError, SyntaxError):
-            changes[key] = text
-    try:
-        config.update_from_flattened_dict(changes)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"--set={','.join(assignments)}: {error}") from error
+            value = text
+        try:
+            config.update_from_flattened_dict({key: value})
+        except KeyError:
+            raise ValueError(wrong) from None
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"--set={assignment}: {error}") from error
 
 
 def check_budget(configs: dict[str, Config]) -> None:
@@ -126,14 +134,21 @@ def compare(configs: dict[str, Config], seeds: int, workdir: str, command: str =
             if jax.process_index() != 0:  # the first one reads and writes
                 continue
             lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-            runs.curves.append([line for line in lines if "validation_loss" in line])
+            runs.curves.append(evaluated(lines, runs.summaries[-1]))
     if jax.process_index() != 0:
         return everything
     rows = table_rows(everything)
     _print(rows)
-    draw(everything, path)
     write_report(rows, settings(configs), path, command)
+    draw(everything, path)
     return everything
+
+
+def evaluated(lines: Iterable[dict[str, Any]], summary: dict[str, Any]) -> list[dict[str, Any]]:
+    """The lines of metrics with a validation loss; the summary is the one of the last step."""
+    end = summary["steps"]
+    points = [line for line in lines if "validation_loss" in line and line["step"] < end]
+    return [*points, {**summary, "step": end}]
 
 
 def table_rows(everything: list[Runs]) -> list[dict[str, str]]:
@@ -234,23 +249,24 @@ def _markdown(rows: list[dict[str, str]]) -> list[str]:
 
 
 def draw(everything: list[Runs], path: Path) -> None:
-    """Validation loss against steps, bytes and seconds; every curve is named at the right."""
-    import matplotlib  # slow to import, an extra
+    """Validation loss against steps, bytes and seconds; every curve is named at the right.
 
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
+    A curve is over the steps at which every seed was evaluated.
+    """
+    if (plt := pyplot()) is None:
+        return
     height = max(4.5, 0.3 * len(everything))
     figure, axes = plt.subplots(1, 3, figsize=(15, height), sharey=True, layout="constrained")
     panels = (("step", "steps", "linear"), ("sent_bytes", "bytes sent by a worker", "log"))
     panels += (("seconds", "seconds", "linear"),)
     task = {runs.name.partition("_")[0] for runs in everything}  # lm_, digits_: the same for all
     common = task.pop() + "_" if len(task) == 1 else ""
+    curves = [_common(runs.curves) for runs in everything]
     for axis, (key, label, scale) in zip(axes, panels):
         ends = []
         for i, runs in enumerate(everything):
-            x = np.mean([[float(p[key]) for p in curve] for curve in runs.curves], axis=0)
-            y = np.array([[float(p["validation_loss"]) for p in curve] for curve in runs.curves])
+            x = np.mean([[float(p[key]) for p in curve] for curve in curves[i]], axis=0)
+            y = np.array([[float(p["validation_loss"]) for p in curve] for curve in curves[i]])
             keep = x > 0 if scale == "log" else slice(None)
             style = {"color": _colour(i), "linestyle": ("-", "--")[i % 2], "marker": "os^D"[i % 4]}
             axis.plot(x[keep], y.mean(0)[keep], markersize=3.5, linewidth=1.3, **style)
@@ -271,6 +287,12 @@ def draw(everything: list[Runs], path: Path) -> None:
     for kind in ("png", "svg"):
         figure.savefig(path / f"figure.{kind}", dpi=110)
     plt.close(figure)
+
+
+def _common(curves: list[list[dict[str, Any]]]) -> list[list[dict[str, Any]]]:
+    """The points at the steps that all curves have; the last one is among them."""
+    steps = set.intersection(*({point["step"] for point in curve} for curve in curves))
+    return [[point for point in curve if point["step"] in steps] for curve in curves]
 
 
 def _colour(number: int):
@@ -300,7 +322,8 @@ def main(_: list[str]) -> None:
     for config in configs.values():
         set_fields(config, FLAGS.set)
     job.export()
-    setup_devices(next(iter(configs.values())))
+    for config in sorted(configs.values(), key=lambda c: bool(c.background and c.sync)):
+        setup_devices(config)  # the last one needs the most
     initialize()
     cache = prepare_workdir(FLAGS.workdir) / "compiled"
     jax.config.update("jax_compilation_cache_dir", str(cache))

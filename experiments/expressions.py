@@ -23,6 +23,8 @@ _OPERATORS = {
     ast.Pow: operator.pow,
     ast.USub: operator.neg,
 }
+# what functions raise that are given something else than they want
+_REFUSED = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 _MODULES = {"optax": optax, "jnp": jnp}
 
 
@@ -45,8 +47,9 @@ def evaluate(text: str, field: str, **scope: Any) -> Any:
         return _value(ast.parse(text.strip(), mode="eval").body, scope)
     except SyntaxError as error:
         raise ValueError(f"{field} is not an expression: {text!r} ({error.msg})") from error
-    except (ValueError, TypeError, ArithmeticError) as error:
-        raise ValueError(f"{field} = {text!r}: {error}") from error
+    except _REFUSED as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{field} = {text!r}: {reason}") from error
 
 
 def _value(node: ast.expr, scope: dict[str, Any]) -> Any:

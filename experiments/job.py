@@ -7,18 +7,23 @@ Without them the environment decides (`experiments.cluster` sets it), or what JA
 Open MPI, Kubernetes, TPU).
 """
 
+import json
 import os
 
 import jax
 from absl import flags
 
+from experiments.config import Config
 from jaxcomm.training import distributed
+from jaxcomm.training.watchdog import START_SECONDS, give_up
 
 VARIABLES = {
     "coordinator": distributed.COORDINATOR,
     "processes": distributed.PROCESSES,
     "process_id": distributed.PROCESS_ID,
 }
+# of one host, its disk, its link, its patience: they may differ between processes
+OWN = ("local_checkpoints", "pace", "stuck_seconds", "standstill_seconds")
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
@@ -36,8 +41,37 @@ def export(values: flags.FlagValues = flags.FLAGS) -> None:
 
 
 def count() -> int:
-    """Processes of the job, before it is joined; 1 if only JAX's detection will know."""
-    return int(os.environ.get(distributed.PROCESSES) or "1")
+    """Processes of the job, before it is joined; 1 if only JAX's detection will know.
+
+    Raises:
+      ValueError: the environment describes half a job, or one that cannot be.
+    """
+    found = distributed.explicit()
+    return found[1] if found else 1
+
+
+def agree(config: Config) -> None:
+    """All processes meet, and go on with the same config but for the fields OWN.
+
+    Who does not come is named in one sentence, and the others end with code 75.
+
+    Raises:
+      ValueError: a field has another value in another process.
+    """
+    fields = jax.tree.leaves_with_path(config.to_dict(), is_leaf=lambda x: not isinstance(x, dict))
+    own = {jax.tree_util.keystr(path, simple=True, separator="."): repr(x) for path, x in fields}
+    own = {name: value for name, value in own.items() if name not in OWN}
+    try:
+        first, *others = map(json.loads, distributed.tell_all(json.dumps(own), START_SECONDS))
+    except TimeoutError as error:
+        give_up(str(error))
+    for rank, other in enumerate(others, start=1):
+        for name in sorted(first.keys() | other.keys()):
+            if first.get(name) != other.get(name):
+                raise ValueError(
+                    f"config.{name} must be the same in all processes, got "
+                    f"{first.get(name)} in process 0 and {other.get(name)} in process {rank}"
+                )
 
 
 def keep_programs(directory: str | None) -> None:

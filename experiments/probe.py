@@ -6,7 +6,8 @@
 Hosts take turns, so that no two transfers share a link. From i to j a few small messages go back
 and forth, half of a round trip being the latency; then, of one long message, j measures the time
 from its first to its last byte, and the rest of the bytes over it is the bandwidth (i's way of
-sending; what a token bucket lets pass at once is not counted). Between different machines start
+sending; what a token bucket lets pass at once is not counted). A pair without a connection is
+left out, named in the report, and makes the exit code 1. Between different machines start
 `python -m experiments.probe` by hand on each, with JAXCOMM_COORDINATOR and its companions set.
 """
 
@@ -34,11 +35,16 @@ LARGEST = 1 << 28
 SKIPPED = 1 << 19  # bytes at the beginning: tokens saved up, and TCP's start
 WORDS = 16  # bytes of a number on the wire
 PORT = 7801  # of a host in a namespace; on loopback host i has a port of its own
+CONNECT, ACCEPT = 10.0, 20.0  # seconds; unequal, so that no late connection waits to be accepted
+SILENCE = 60.0  # seconds without a byte after which a transfer has failed
 
 
 @dataclasses.dataclass(frozen=True)
 class Probe:
-    """What was measured; matrices are indexed [sender][receiver], None on the diagonal."""
+    """What was measured; matrices are indexed [sender][receiver].
+
+    None on the diagonal, and where the sender cannot reach the receiver.
+    """
 
     hosts: int
     rate: str | None  # what each host may send, if that was set
@@ -46,8 +52,14 @@ class Probe:
     bandwidth: list[list[float | None]]  # bits a second
 
     def matrix(self, name: str) -> np.ndarray:
-        """`latency` or `bandwidth` as an array, nan on the diagonal."""
+        """`latency` or `bandwidth` as an array, nan for None."""
         return np.array(getattr(self, name), float)
+
+    @property
+    def unreachable(self) -> list[str]:
+        """Pairs that were not measured, a sentence each."""
+        pairs = np.argwhere(np.isnan(self.matrix("bandwidth")))
+        return [f"host {i} cannot reach host {j}" for i, j in pairs if i != j]
 
     @property
     def faults(self) -> list[Fault]:
@@ -57,7 +69,13 @@ class Probe:
         return localise(self.matrix("latency") + 8e6 / self.matrix("bandwidth"))
 
     def link(self) -> Link:
-        """A link as good as the worst pair, which holds everybody up."""
+        """A link as good as the worst pair, which holds everybody up.
+
+        Raises:
+          ValueError: a pair has none.
+        """
+        if self.unreachable:
+            raise ValueError(f"the probe gives no link: {', '.join(self.unreachable)}")
         bandwidth, latency = self.matrix("bandwidth"), self.matrix("latency")
         return Link(float(np.nanmin(bandwidth)), float(np.nanmax(latency)))
 
@@ -93,6 +111,7 @@ class Wire:
 
     def __init__(self, connection: socket.socket):
         self._socket = connection
+        connection.settimeout(SILENCE)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def send(self, size: int) -> None:
@@ -167,21 +186,24 @@ def measure(me: int, addresses: list[tuple[str, int]], meet) -> list[list[float]
       meet: waits for all hosts.
 
     Returns:
-      for each host, latency and bandwidth from here to it; nan to itself.
+      for each host, latency and bandwidth from here to it; nan to itself and to whom it cannot
+      reach.
     """
     row = [[float("nan")] * 2 for _ in addresses]
     with socket.create_server(addresses[me]) as server:
+        server.settimeout(ACCEPT)
         meet()
         for i in range(len(addresses)):
             for j in range(len(addresses)):
-                if i == me != j:
-                    with socket.create_connection(addresses[j], timeout=60) as connection:
-                        row[j] = list(ping(Wire(connection)))
-                elif j == me != i:
-                    connection, _ = server.accept()
-                    with connection:
-                        connection.settimeout(60)
-                        pong(Wire(connection))
+                try:
+                    if i == me != j:
+                        with socket.create_connection(addresses[j], CONNECT) as connection:
+                            row[j] = list(ping(Wire(connection)))
+                    elif j == me != i:
+                        with server.accept()[0] as connection:
+                            pong(Wire(connection))
+                except OSError as error:
+                    print(f"from host {i} to host {j}: {error}", file=sys.stderr, flush=True)
                 meet()
     return row
 
@@ -199,15 +221,21 @@ def report(probe: Probe) -> str:
                 text = f"{bandwidth / 1e6:.4g} ({1e6 * latency:.0f})"
             cells.append(f"{text:>18}")
         lines.append("".join(cells))
-    lines += map(str, probe.faults or ["no host or link stands out"])
-    if probe.hosts > 1:
+    cut = probe.unreachable
+    lines += map(str, [*cut, *probe.faults] or ["no host or link stands out"])
+    if probe.hosts > 1 and not cut:
         link = probe.link()
-        lines.append(f"for plan: --links={link.bandwidth / 1e6:.4g}mbit@{1e6 * link.latency:.0f}us")
+        measured = f"{link.bandwidth / 1e6:.4g}mbit@{1e6 * link.latency:.0f}us"
+        lines.append(f"for plan: --links={measured} --overhead=1")  # without headers
     return "\n".join(lines)
 
 
-def main(path: str | None = None, rate: str | None = None) -> None:
-    """One host of a job; the first one prints the table and writes `path`."""
+def main(path: str | None = None, rate: str | None = None) -> int:
+    """One host of a job; the first one prints the table and writes `path`.
+
+    Returns:
+      the exit code: 1, from the first one, if a host cannot reach another.
+    """
     import jax  # joins the job: addresses and barriers go over its coordination service
 
     from jaxcomm.training.distributed import client, initialize
@@ -221,9 +249,10 @@ def main(path: str | None = None, rate: str | None = None) -> None:
     store.key_value_set(f"probe/address/{me}", json.dumps(mine))
     text = [store.blocking_key_value_get(f"probe/address/{i}", 60_000) for i in range(count)]
     rounds = iter(range(1 << 30))
-    meet = lambda: store.wait_at_barrier(f"probe/{next(rounds)}", 120_000)
+    meet = lambda: store.wait_at_barrier(f"probe/{next(rounds)}", 600_000)
     row = measure(me, [tuple(json.loads(t)) for t in text], meet)
     store.key_value_set(f"probe/row/{me}", json.dumps(row))
+    code = 0
     if me == 0:
         found = [store.blocking_key_value_get(f"probe/row/{i}", 60_000) for i in range(count)]
         known = lambda x: None if np.isnan(x) else x
@@ -234,7 +263,9 @@ def main(path: str | None = None, rate: str | None = None) -> None:
         if path:
             Path(path).write_text(json.dumps(dataclasses.asdict(result), indent=1))
         print(report(result), flush=True)
+        code = 1 if result.unreachable else 0
     meet()
+    return code
 
 
 def own_address(throttled: bool) -> str:
@@ -254,4 +285,4 @@ def free_port(address: str) -> int:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    sys.exit(main(*sys.argv[1:]))

@@ -112,8 +112,8 @@ def run(
       grace: seconds between SIGTERM and SIGKILL for those that have to be ended.
       deadline: when the time is up (of `time.monotonic`); default: `timeout` from now.
       losses: how many processes may fail, other than rank 0, while the others go on; but a mistake
-        of the user (code 2) ends all. So many have lost the others, too, if they still run `grace`
-        seconds after rank 0 has ended well.
+        of the user (code 2) ends all. If it is not 0, who still runs `grace` seconds after rank 0
+        has ended well has failed as well.
 
     Returns:
       how the job ended; every process that it started has ended by then.
@@ -211,12 +211,11 @@ def _watch(
 ) -> tuple[int, str | None, bool]:
     """Exit code, reason and `final`, once the job is over or has to be ended."""
     running = {process.rank for process in ranks}
-    over = False  # the job went well, but for those that still run
+    tolerant, over = losses > 0, False  # over: rank 0 has ended well, and so should the others
     while running:
-        if not over and 0 not in running and len(running) <= losses:
-            over, end = True, time.monotonic() + grace
-            deadline = end if deadline is None else min(end, deadline)
         event = events.next(deadline)
+        if event is None and over and len(running) > losses:
+            return 1, f"rank 0 has ended well; ended {_names(running)}, still running", False
         if event is None and over:
             print(f"lost {_names(running)}, still running", file=sys.stderr, flush=True)
             return 0, None, False
@@ -227,12 +226,15 @@ def _watch(
             return 128 + event, f"got {event.name}; ended {_names(running)}", True
         running.remove(event)
         if code := ranks[event].reap():
-            if event != 0 and losses > 0 and (running or over) and code != MISTAKE:
+            if event != 0 and losses > 0 and code != MISTAKE:
                 losses -= 1
                 print(f"lost rank {event}, which {describe(code)}", file=sys.stderr, flush=True)
                 continue
             others = f"; ended {_names(running)}" if running else ""
             return _shell_code(code), f"rank {event} {describe(code)}{others}", False
+        if event == 0 and tolerant:
+            over, end = True, time.monotonic() + grace
+            deadline = end if deadline is None else min(end, deadline)
     return 0, None, False
 
 

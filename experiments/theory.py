@@ -21,10 +21,11 @@ from rich.table import Table
 
 from experiments import command_line
 from experiments.config import Config
+from experiments.figures import pyplot
 from experiments.problems import PROBLEMS, Problem
 from experiments.theory_runs import Curve, run_method
 from experiments.train import default_workdir
-from jaxcomm.training.metrics import prepare_workdir
+from jaxcomm.training.metrics import jsonable, prepare_workdir
 
 ERRORS = ("gradient", "distance", "loss")
 
@@ -45,7 +46,14 @@ def error_function(problem: Problem, kind: str):
 
 
 def run(config: Config, workdir: str) -> list[Curve]:
-    """Runs every method of the config and writes the results."""
+    """Runs every method of the config and writes the results.
+
+    Raises:
+      ValueError: an unknown problem or error, or a number of the config that is less than 1.
+    """
+    for field in ("rounds", "record_every", "seeds"):
+        if config[field] < 1:
+            raise ValueError(f"config.{field} must be at least 1, got {config[field]}")
     if config.problem.name not in PROBLEMS:
         raise ValueError(
             f"config.problem.name must be one of {', '.join(PROBLEMS)}, got {config.problem.name!r}"
@@ -73,7 +81,8 @@ def _write(path: Path, curves: list[Curve], config) -> None:
         table.add_column(name)
     summary = {}
     for curve in curves:
-        last, spread = curve.errors[:, -1].mean(), curve.errors[:, -1].std()
+        with np.errstate(invalid="ignore"):  # of a method that diverged to infinity
+            last, spread = curve.errors[:, -1].mean(), curve.errors[:, -1].std()
         rounds = curve.rounds_to(config.factor)
         figures = (f"{last:.3g}", f"{spread:.1g}", f"{curve.round_bits:,.0f}", str(rounds or "-"))
         table.add_row(curve.label, *figures)
@@ -83,7 +92,7 @@ def _write(path: Path, curves: list[Curve], config) -> None:
             "round_bits": curve.round_bits,
             "rounds_to_factor": rounds,
         }
-    (path / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    (path / "summary.json").write_text(json.dumps(jsonable(summary), indent=2) + "\n")
     Console().print(table)
 
 
@@ -93,11 +102,8 @@ def _goal(config) -> str:
 
 def draw(curves: list[Curve], config, path: Path) -> None:
     """Mean error over the seeds, and its quartiles, against rounds and against bits."""
-    import matplotlib  # slow to import, an extra
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
+    if (plt := pyplot()) is None:
+        return
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
     for i, curve in enumerate(curves):  # dashed and dotted, so that equal ones both show
         mean = np.maximum(curve.errors.mean(0), 1e-38)

@@ -24,6 +24,7 @@ from experiments import command_line, job
 from experiments.config import Config
 from experiments.devices import (
     check_devices,
+    connect_devices,
     setup_devices,
     with_workers,
     worker_devices,
@@ -45,7 +46,7 @@ from jaxcomm.training.metrics import MetricsLogger, device_arithmetic, prepare_w
 from jaxcomm.training.pacing import pace
 from jaxcomm.training.step import TrainState, TrainStep
 from jaxcomm.training.straggler_monitor import StragglerMonitor, step_alone
-from jaxcomm.training.watchdog import Watchdog, give_up
+from jaxcomm.training.watchdog import WATCHED, Watchdog, give_up
 
 MODES = ("devices", "simulate", "pmap")
 # may differ between two parts of one run
@@ -64,6 +65,11 @@ def make_step(config: Config, loss_fn, devices: list[Any] | None = None) -> Trai
     """
     if config.mode not in MODES:
         raise ValueError(f"config.mode must be one of {', '.join(MODES)}, got {config.mode!r}")
+    if config.mode != "devices" and jax.process_count() > 1:
+        raise ValueError(
+            f"config.mode must be 'devices' in a job of {jax.process_count()} processes, "
+            f"got {config.mode!r}"
+        )
     if config.on_failure not in ON_FAILURE:
         raise ValueError(
             f"config.on_failure must be one of {', '.join(ON_FAILURE)}, got {config.on_failure!r}"
@@ -96,32 +102,40 @@ def make_step(config: Config, loss_fn, devices: list[Any] | None = None) -> Trai
 
 def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any]:
     """Runs the training that the config describes and returns its summary."""
-    config = with_workers(config)
-    if done := _finished(config, workdir):
-        return done
-    prepare_workdir(workdir)
-    task = make_task(config)
-    elastic = config.on_failure == "continue" and jax.process_count() > 1
     silence = config.stuck_seconds
-    if elastic and silence:  # by then JAX's service knows that it is dead
+    if config.on_failure == "continue" and silence:  # by then JAX's service knows that it is dead
         silence = max(silence, HEARTBEAT_SECONDS + 1.0)
-    watchdog = Watchdog(silence, config.standstill_seconds)
-    step: Any = (
-        _elastic(config, task.loss_fn, watchdog) if elastic else make_step(config, task.loss_fn)
-    )
-    params = jax.device_get(task.init(jax.random.key(config.seed)))
-    state = step.init(params, jax.random.key(config.seed + 1))
-    data = task.train_iterator(
-        config.batch_size, config.seed, jax.process_index(), jax.process_count()
-    )
-    every_line = _every_line(config, task, step, state)
+    with Watchdog(silence, config.standstill_seconds) as watchdog:
+        return _run(config, workdir, watchdog)
+
+
+def _run(config: Config, workdir: str, watchdog: Watchdog) -> dict[str, Any]:
+    with _named_failures(watchdog):
+        job.agree(config)
+        config = with_workers(config)
+        connections = connect_devices(config)
+        if done := _finished(config, workdir):
+            return done
+        prepare_workdir(workdir)
+        task = make_task(config)
+        elastic = config.on_failure == "continue" and jax.process_count() > 1
+        step: Any = (
+            _elastic(config, task.loss_fn, watchdog, connections)
+            if elastic
+            else make_step(config, task.loss_fn)
+        )
+        params = jax.device_get(task.init(jax.random.key(config.seed)))
+        state = step.init(params, jax.random.key(config.seed + 1))
+        data = task.train_iterator(
+            config.batch_size, config.seed, jax.process_index(), jax.process_count()
+        )
+        every_line = _every_line(config, task, step, state)
     main = jax.process_index() == 0
     counter = _counter()
     with (
         _leaving(step),
         _checkpointer(config, workdir, elastic) as checkpointer,
         MetricsLogger(workdir, total_steps=config.steps, is_main=main) as logger,
-        watchdog,
         _named_failures(watchdog),
     ):
         run = train_loop(
@@ -282,7 +296,7 @@ def _counter() -> int | None:
     return int(Path(path).read_text()) if path else None
 
 
-def _elastic(config: Config, loss_fn, watchdog: Watchdog) -> ElasticStep:
+def _elastic(config: Config, loss_fn, watchdog: Watchdog, connections) -> ElasticStep:
     """A step that outlives some of its processes."""
     if config.mode != "devices" or config.background:
         raise ValueError("config.on_failure=continue needs config.mode=devices, background=False")
@@ -291,6 +305,7 @@ def _elastic(config: Config, loss_fn, watchdog: Watchdog) -> ElasticStep:
         worker_devices(config),
         every=config.snapshot_every,
         watchdog=watchdog,
+        connections=connections,
     )
 
 
@@ -305,7 +320,7 @@ def main(_: list[str]) -> None:
     config = FLAGS.config
     job.export()
     setup_devices(config)
-    initialize(**(prepare() if config.on_failure == "continue" else {}))
+    initialize(**(prepare() if config.on_failure == "continue" else WATCHED))
     workdir = FLAGS.workdir or default_workdir(config_flags.get_config_filename(FLAGS["config"]))
     if config.on_failure != "stop":
         job.keep_programs(str(Path(workdir).absolute() / "compiled"))

@@ -156,6 +156,19 @@ ERRORS = {
         lambda: start(optax.sgd(0.1), loss=lambda p, b, k: jax.lax.pmean(loss_fn(p, b, k), AXIS)),
         "tx does not communicate",
     ),
+    "accumulation under a sync rule": (
+        lambda: start(jaxcomm.accumulate(optax.sgd(0.1), 2, AXIS), sync=jaxcomm.local_sgd(AXIS, 4)),
+        r"counters \.micro_step may differ.*optax.MultiSteps around what does not communicate",
+    ),
+    "an exchange that waits for a count, under a sync rule": (
+        lambda: start(
+            jaxcomm.one_bit_adam(0.1, "chips", freeze_step=3),
+            axis_name=("hosts", "chips"),
+            sync=jaxcomm.local_sgd(("hosts", "chips"), 4),
+            simulate=(2, 2),
+        ),
+        r"counters \[0\]\.count, \[0\]\.frozen_at may differ.*or train without sync",
+    ),
     "accumulation around the exchange": (
         lambda: start(optax.MultiSteps(chain(MEAN), 2).gradient_transformation()),
         "holds a jaxcomm transform inside a lax.cond of its own, as optax.MultiSteps",
@@ -236,6 +249,9 @@ COMMANDS = {
         ["--config.tx=optax.chain(average('nodes'), optax.sgd(0.1))"],
         "axis_name='nodes' is not bound here",
     ),
+    "no config": (["--config=configs/common.py"], "common.py is no config: it has no function"),
+    "no Python": (["--config=README.md"], r"README.md, line \d+, is no Python"),
+    "URL": (["--workdir=gs://a/b"], "workdir must be in a mounted file system, got gs://a/b"),
     "workdir": (["--workdir=README.md/run"], "cannot write to workdir .*Not a directory"),
 }
 # runs every command in a child process of one that has imported everything
@@ -293,7 +309,7 @@ FIELDS = {
     "mode": ({"mode": "fast"}, "config.mode must be one of devices, .*got 'fast'"),
     "devices": (
         {"workers": 64},
-        "config.workers=64 does not fit 8 devices.*--config.mode=simulate",
+        "config.workers=64 does not fit 8 devices in 1 processes.*--config.mode=simulate",
     ),
     "decay": ({"learning_rate": {"decay": "linear"}}, "decay must be 'cosine' or .*got 'linear'"),
     "warm-up": ({"steps": 2}, "warmup_steps must be in .*config.steps=2"),
@@ -312,6 +328,18 @@ FIELDS = {
     "no transform": ({"tx": "top_k(0.1)"}, r"config.tx must be an Optax transform, got 'top_k\(0"),
     "a number for a rule": ({"sync": "3"}, "config.sync must be a sync rule or empty, got '3'"),
     "arithmetic": ({"tx": "1/0"}, "config.tx = '1/0': division by zero"),
+    "chain of a number": (
+        {"tx": "optax.chain(5)"},
+        r"config.tx = 'optax.chain\(5\)': 'int' object",
+    ),
+    "peak of 0": (
+        {"learning_rate": {"peak": 0.0}},
+        "config.learning_rate.peak must be positive, got 0",
+    ),
+    "checkpoints in a bucket": (
+        {"local_checkpoints": "gs://bucket/run"},
+        "checkpoints need a mounted file system, got gs:/bucket/run",
+    ),
     "negative workers": ({"workers": -4}, "config.workers must not be negative, got -4"),
     "no rule": ({"sync": "local_sgd(axis_name, 0)"}, "config.sync = .*at least one step"),
 }

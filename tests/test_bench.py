@@ -1,6 +1,7 @@
 """experiments.bench: dispatch, cases, resuming, reports; and the wire itself with two processes."""
 
 import dataclasses
+import errno
 import json
 import subprocess
 import sys
@@ -8,8 +9,18 @@ import types
 from pathlib import Path
 
 import pytest
+from absl import flags
 
-from experiments import bench, bench_codec, bench_wire, bench_wire_report, netns
+from experiments import (
+    bench,
+    bench_codec,
+    bench_peers,
+    bench_scale,
+    bench_wire,
+    bench_wire_report,
+    command_line,
+    netns,
+)
 from experiments.bench_wire_cases import (
     SENT_BYTES,
     Case,
@@ -46,6 +57,43 @@ def test_a_measurement_is_found_by_its_name(capsys):
         bench.find("speed")
     assert bench.main(["bench", "speed"]) == 2
     assert "got 'speed'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(netns.NetworkError("--rate needs root"), 2), (OSError(errno.ENOSPC, "disk full"), 74)],
+)
+def test_what_the_machine_refuses_is_a_sentence(error, code, monkeypatch, capsys):
+    def refuse(_):
+        raise error
+
+    monkeypatch.setattr(bench, "find", lambda _: types.SimpleNamespace(main=refuse))
+    assert bench.main(["bench", "wire"]) == code
+    assert capsys.readouterr().err == f"bench: {error}\n"
+
+
+def test_counts_of_hosts():
+    values = flags.FlagValues()
+    command_line.define_counts("hosts", [2, 4], "Hosts.", least=2, flag_values=values)
+    values(["bench"])
+    assert values.hosts == [2, 4]
+    values(["bench", "--hosts=3,5"])
+    assert values.hosts == [3, 5]
+    for text in ("abc", "1", "2,", "", "-2", "2.0"):
+        wanted = f"flag --hosts={text}: wants whole numbers, at least 2, comma-separated"
+        with pytest.raises(flags.IllegalFlagValueError, match=wanted):
+            values(["bench", f"--hosts={text}"])
+
+
+@pytest.mark.parametrize("module", [bench_wire, bench_peers, bench_scale])
+def test_only_names_something(module, monkeypatch, tmp_path):
+    only = ["foo"] if module is bench_scale else "foo"
+    values = types.SimpleNamespace(hosts=[], rate="", rates=["raw"], only=only, timed=False)
+    values.workdir, values.quick, values.steps, values.timeout = tmp_path / "x", True, 10, None
+    monkeypatch.setattr(module.flags, "FLAGS", values)
+    with pytest.raises(ValueError, match=r"--only must be .*, got 'foo'"):
+        module.main([])
+    assert not values.workdir.exists()
 
 
 def test_help_and_sizes(capsys, monkeypatch):

@@ -5,16 +5,19 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import pytest
 from absl import flags
 
-from experiments import cluster, netns, processes
+from configs import common
+from experiments import cluster, command_line, job, netns, processes
 from jaxcomm.training import distributed
 
 ROOT = Path(__file__).parent.parent
@@ -107,8 +110,10 @@ def test_a_bad_rate_is_echoed(text):
     [
         ({"hosts": 0}, "hosts must be at least 1, got 0"),
         ({"devices_per_host": 0}, "devices_per_host must be at least 1, got 0"),
-        ({"timeout": 0.0}, "timeout must be positive, got 0"),
-        ({"grace": -1.0}, "grace must not be negative, got -1"),
+        ({"timeout": 0.0}, r"timeout must be positive and at most 1e\+09 s, got 0"),
+        ({"timeout": float("inf")}, r"timeout must be positive and at most 1e\+09 s, got inf"),
+        ({"grace": -1.0}, r"grace must be from 0 to 1e\+09 s, got -1"),
+        ({"grace": float("nan")}, r"grace must be from 0 to 1e\+09 s, got nan"),
         ({"rate": "fast"}, "rate must be .* got 'fast'"),
         ({"arguments": ()}, "nothing to run"),
     ],
@@ -199,6 +204,17 @@ def test_where_namespaces_are_forbidden_a_sentence(monkeypatch, capsys):
     assert "allows no throttled hosts: Operation not permitted" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("flag", ["--hosts=abc", "--hoosts=2"])
+def test_a_wrong_flag_is_a_sentence(flag, monkeypatch, capsys):
+    values = flags.FlagValues()
+    cluster.define_flags(values)
+    monkeypatch.setattr(cluster.flags, "FLAGS", values)
+    with pytest.raises(SystemExit) as ended:
+        cluster.parse_flags(["cluster", flag, "--", "-c", "pass"])
+    assert ended.value.code == 2
+    assert flag.strip("-").partition("=")[0] in capsys.readouterr().err
+
+
 def test_nothing_to_run_is_a_sentence(capsys):
     assert run_main("--hosts=2") == 2
     assert "nothing to run" in capsys.readouterr().err
@@ -279,6 +295,14 @@ def test_who_is_stuck_when_rank_0_has_ended_well_is_lost(capsys):
     assert "lost rank 1, still running" in capsys.readouterr().err
     outcome = launch(RANK + "rank and (time.sleep(.5), sys.exit(9))", losses=1).outcome
     assert outcome.exit_code == 0
+
+
+def test_more_than_may_be_lost_are_not_waited_for_when_rank_0_has_ended_well():
+    code = RANK + "rank == 1 and sys.exit(9); rank == 2 and time.sleep(300); time.sleep(.5)"
+    outcome = launch(code, hosts=3, losses=1, grace=0.3, timeout=20.0).outcome
+    assert outcome.exit_code == 1
+    assert outcome.reason == "rank 0 has ended well; ended rank 2, still running"
+    assert [rank.stopped for rank in outcome.ranks] == [False, False, True]
 
 
 def test_a_time_out_names_those_that_still_ran():
@@ -367,7 +391,10 @@ def test_half_a_job_is_an_error_that_names_what_is_missing(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("nowhere", 2, 0), "coordinator must be host:port, got 'nowhere'"),
+        (("nowhere", 2, 0), "coordinator must be host:port, .* got 'nowhere'"),
+        ((":7777", 2, 0), "coordinator must be host:port, .* got ':7777'"),
+        (("a:65536", 2, 0), "coordinator must be host:port, a port up to 65535, got 'a:65536'"),
+        (("a:1", 0, 0), "processes must be at least 1, got 0"),
         (("a:1", 2, 2), r"process_id must be in \[0, processes\), got 2 of 2"),
         (("a:1", "two", 0), "processes must be an integer, got 'two'"),
     ],
@@ -381,8 +408,76 @@ def test_arguments_win_over_the_environment(monkeypatch):
     monkeypatch.setenv(distributed.COORDINATOR, "env:1")
     monkeypatch.setenv(distributed.PROCESSES, "4")
     monkeypatch.setenv(distributed.PROCESS_ID, "3")
-    assert distributed._explicit(None, None, None) == ("env:1", 4, 3)
-    assert distributed._explicit("own:2", 2, 0) == ("own:2", 2, 0)
+    assert distributed.explicit() == ("env:1", 4, 3)
+    assert distributed.explicit("own:2", 2, 0) == ("own:2", 2, 0)
+    assert job.count() == 4
+
+
+def test_an_empty_variable_is_none(monkeypatch):
+    monkeypatch.setenv(distributed.PROCESSES, "")
+    assert job.count() == 1
+
+
+@pytest.mark.parametrize("bound", [None, "127.0.0.1:{port}", "localhost:{port}"])
+def test_a_port_that_is_taken_is_an_error(bound, monkeypatch):
+    monkeypatch.delenv("JAX_COORDINATOR_BIND_ADDRESS", raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        bound = bound and bound.format(port=port)
+        with pytest.raises(OSError, match=f"cannot listen at .*:{port}, which is in use") as found:
+            distributed._check_free(f"127.0.0.1:{port}", bound)
+    assert command_line.exit_code(found.value) == processes.UNSAVED  # it may be free next time
+    distributed._check_free(f"127.0.0.1:{port}", bound)
+
+
+def talk(monkeypatch, said, answer=None):
+    """What `tell_all` hears, or raises, where the service ends the barrier with `answer`."""
+
+    def barrier(*_):
+        if answer:
+            raise answer
+
+    service = SimpleNamespace(
+        key_value_set=lambda *_: None,
+        wait_at_barrier=barrier,
+        key_value_dir_get=lambda key: [(f"{key}{rank}", text) for rank, text in said.items()],
+    )
+    monkeypatch.setattr(distributed, "client", lambda: service)
+    monkeypatch.setattr(distributed, "count", lambda: 3)
+    return distributed.tell_all("a", 300.0)
+
+
+def test_all_are_told_by_rank_and_who_does_not_come_is_named(monkeypatch):
+    assert distributed.tell_all("alone", 1.0) == ["alone"]
+    everybody = {2: "c", 0: "a", 1: "b"}
+    assert talk(monkeypatch, everybody) == ["a", "b", "c"]
+    late = jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED")
+    with pytest.raises(TimeoutError, match=r"^ranks 1, 2 did not come to the others within 0.0 s"):
+        talk(monkeypatch, {0: "a"}, late)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="DEADLINE_EXCEEDED"):
+        talk(monkeypatch, everybody, late)
+
+
+@pytest.mark.parametrize(
+    ("fields", "values"),
+    [
+        ({"checkpoint_every": 7}, "checkpoint_every must .* got 10 in process 0 and 7"),
+        ({"learning_rate.peak": 0.5}, "learning_rate.peak must .* got 0.002 in process 0 and 0.5"),
+        ({"tx": "x\ny"}, r"tx must be .* got '' in process 0 and 'x\\ny'"),
+        ({"pace": "10mbit", "local_checkpoints": "/disk1", "stuck_seconds": 9.0}, None),
+    ],
+)
+def test_processes_with_other_configs_are_refused(fields, values, monkeypatch):
+    first, other, texts = common.digits("smoke"), common.digits("smoke"), []
+    other.update_from_flattened_dict(fields)
+    monkeypatch.setattr(distributed, "tell_all", lambda text, _: texts.append(text) or [text])
+    job.agree(other)
+    monkeypatch.setattr(distributed, "tell_all", lambda text, _: [text, text, *texts])
+    if values is None:
+        job.agree(first)
+    else:
+        with pytest.raises(ValueError, match=f"config.{values} in process 2"):
+            job.agree(first)
 
 
 def test_a_cluster_is_found_as_jax_finds_it(monkeypatch):

@@ -2,13 +2,22 @@
 
 import csv
 import json
+import os
+import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 
 from experiments import compare
+from experiments.command_line import sentence
 
+ROOT = Path(__file__).parents[1]
 SEEDS = (0, 1)
 # validation loss at the end (seed 0), bytes a step in the first and the second half
 METHODS = {
@@ -18,15 +27,16 @@ METHODS = {
 }
 
 
-def fake_run(config, workdir):
-    """What `train_and_evaluate` leaves: 100 steps, evaluated at every 25th."""
+def fake_run(config, workdir, every=25):
+    """What `train_and_evaluate` leaves: 100 steps, a line at every 25th."""
     path = Path(workdir)
     loss, before, after = METHODS[path.parent.name]
     path.mkdir(parents=True, exist_ok=True)
     steps = [25, 50, 75, 100]
     sent = [25 * before, 50 * before, 50 * before + 25 * after, 50 * (before + after)]
     rows = [
-        {"step": s, "sent_bytes": b, "seconds": s / 10, "validation_loss": loss + 100 / s - 1}
+        {"step": s, "sent_bytes": b, "seconds": s / 10}
+        | ({} if every == 0 or s % every else {"validation_loss": loss + 100 / s - 1})
         for s, b in zip(steps, sent)
     ]
     (path / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
@@ -40,6 +50,87 @@ def fake_run(config, workdir):
         "sync_step": 100,
         "seconds": 10.0,
     }
+
+
+def readme_command():
+    """The words of the README's `compare`."""
+    text = (ROOT / "README.md").read_text()
+    (command,) = re.findall(r"^python -m experiments\.compare (?:.*\\\n)*.*", text, re.MULTILINE)
+    return shlex.split(command.replace("\\\n", ""))
+
+
+def option(words, name):
+    (value,) = (word.partition("=")[2] for word in words if word.startswith(f"--{name}="))
+    return value
+
+
+def run_fakes(monkeypatch, configs, path, every):
+    """A comparison of two seeds; `every` gives the steps between a seed's evaluations."""
+    run = lambda config, workdir: fake_run(config, workdir, every(config))
+    monkeypatch.setattr(compare, "train_and_evaluate", run)
+    return compare.compare(configs, 2, str(path), "the command")
+
+
+def test_readme_command_on_runs_without_evaluations(monkeypatch, tmp_path):
+    """The configs' smoke sizes evaluate at the end only, for the summary."""
+    words = readme_command()
+    configs = compare.load_configs(option(words, "configs").split(","))
+    for config in configs.values():
+        compare.set_fields(config, [option(words, "set")])
+        assert (config.mode, config.evaluate_every) == ("simulate", 0)
+    monkeypatch.setitem(METHODS, "digits_diloco", (1.05, 40, 40))
+    everything = run_fakes(monkeypatch, configs, tmp_path, lambda c: c.evaluate_every)
+    for runs in everything:
+        loss = METHODS[runs.name][0]
+        ends = [(p["step"], p["validation_loss"]) for curve in runs.curves for p in curve]
+        assert ends == [(100, loss), (100, loss + 0.01)]
+    assert (tmp_path / "figure.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.slow
+def test_readme_command(tmp_path):
+    words = readme_command()
+    words[words.index("--seeds=5")] = "--seeds=1"
+    words[0] = sys.executable
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    subprocess.run([*words, f"--workdir={tmp_path}"], cwd=ROOT, env=environment, check=True)
+    for name in ("report.md", "table.csv", "figure.png", "figure.svg"):
+        assert (tmp_path / name).stat().st_size > 100
+
+
+def test_seeds_evaluated_at_other_steps(monkeypatch, tmp_path):
+    """`evaluate_every` may change between two calls: a curve has the steps of all its seeds."""
+    configs = compare.load_configs(["configs/digits_dense.py"])
+    (runs,) = run_fakes(monkeypatch, configs, tmp_path, lambda c: (25, 50)[c.seed])
+    steps = [[point["step"] for point in curve] for curve in runs.curves]
+    assert steps == [[25, 50, 75, 100], [50, 100]]
+    common = [[point["step"] for point in curve] for curve in compare._common(runs.curves)]
+    assert common == [[50, 100], [50, 100]]
+    assert (tmp_path / "figure.png").exists()
+
+
+def test_without_matplotlib_there_is_all_but_the_figure(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    configs = compare.load_configs(["configs/digits_dense.py"])
+    run_fakes(monkeypatch, configs, tmp_path, lambda c: 25)
+    assert "matplotlib is not installed: no figure" in capsys.readouterr().out
+    assert {p.name for p in tmp_path.glob("*.*")} == {"report.md", "table.csv"}
+
+
+@pytest.mark.parametrize("order", [("dense", "co2"), ("co2", "dense")])
+def test_there_are_devices_for_every_config(order, monkeypatch, tmp_path):
+    """Transfers in the background of a sync rule need a second one each, wherever it stands."""
+    settings = {}
+    monkeypatch.delenv("JAX_NUM_CPU_DEVICES", raising=False)
+    monkeypatch.setattr(jax.config, "update", settings.__setitem__)
+    monkeypatch.setattr(compare.job, "export", lambda: None)
+    for name in ("initialize", "compare"):
+        monkeypatch.setattr(compare, name, lambda *_: None)
+    files = [f"configs/digits_{name}.py" for name in order]
+    values = SimpleNamespace(configs=files, set=["background=True"], seeds=1, workdir=tmp_path)
+    monkeypatch.setattr(compare, "FLAGS", values)
+    compare.main([])
+    assert settings["jax_num_cpu_devices"] == 16
 
 
 @pytest.fixture
@@ -126,10 +217,26 @@ def test_different_budgets_are_refused():
 
 def test_set_refuses_what_is_no_field():
     config = compare.load_config("configs/digits_dense.py")[1]
-    with pytest.raises(ValueError, match="got 'stepz=7'"):
-        compare.set_fields(config, ["stepz=7"])
+    wrong = ("stepz=7", "learning_rate.warmup_step=7", "steps.x=7", "task.modle.kind=mlp", "steps")
+    for text in wrong:
+        with pytest.raises(ValueError, match=f"with a key of the config, got '{text}'"):
+            compare.set_fields(config, [text])
     with pytest.raises(ValueError, match=r"--set=steps=abc: .*'steps'"):
         compare.set_fields(config, ["steps=abc"])
+
+
+@pytest.mark.parametrize(
+    ("file", "error", "match"),
+    [
+        ("configs/common.py", AttributeError, "common.py is no config: it has no function"),
+        ("README.md", SyntaxError, r"README.md, line \d+, is no Python: "),
+        ("configs/none.py", FileNotFoundError, "there is no config file configs/none.py"),
+    ],
+)
+def test_what_is_no_config_is_a_sentence(file, error, match):
+    with pytest.raises(error) as found:
+        compare.load_config(file)
+    assert re.search(match, sentence(found.value))
 
 
 RULES = ("dense", "constant", "linear", "quadratic", "cubic", "post_local")

@@ -163,6 +163,23 @@ def test_all_stop_at_the_same_call(monkeypatch):
     assert steps[1].stopping()
 
 
+def test_survivors_are_connected_before_they_build_the_step(monkeypatch):
+    """One of them may compile for longer than gloo waits at the first collective."""
+    events, devices = [], jax.devices()
+    real = elastic.connect
+    monkeypatch.setattr(elastic, "connect", lambda ds: (events.append(("connect", ds)), real(ds)))
+
+    def build(ds):
+        events.append(("make", list(ds)))
+        return make(optax.chain(jaxcomm.average(AXIS), optax.sgd(RATE)), ds)
+
+    step = ElasticStep(build, devices[:2])
+    step._snapshot = take(step.init(PARAMS, jax.random.key(0)), step.places)
+    events.clear()
+    step._rebuild(devices[:1])
+    assert events == [("connect", devices[:1]), ("make", devices[:1])]
+
+
 def test_what_all_do_together_is_given_the_state():
     step = make(optax.chain(jaxcomm.average(AXIS), optax.sgd(RATE)), jax.devices()[:2])
     state = step.init(PARAMS, jax.random.key(0))

@@ -5,14 +5,18 @@ import re
 import signal
 import sys
 import time
+import types
 
+import jax
 import pytest
+from jax.experimental import multihost_utils
 
 from experiments import bench_faults, cluster, processes
 from experiments.bench_faults_cases import KINDS, METHODS, Case, draw, possible
 from experiments.bench_faults_job import STEPS, Run
 from experiments.bench_faults_run import measure
-from jaxcomm.training.watchdog import FINISHED, Beat, Watch, Watchdog
+from jaxcomm.training import distributed, loop
+from jaxcomm.training.watchdog import FINISHED, TRY_AGAIN, Beat, Watch, Watchdog
 
 NOBODY = (-1, "nobody was accused")
 
@@ -98,6 +102,39 @@ def test_steps_that_stand_still_name_who_is_furthest_behind():
     assert sentence == "no step for 31.0 s; furthest behind: rank 2 (last at step 6)"
 
 
+def test_no_step_is_due_before_the_first_begins():
+    beats = lambda t: {0: Beat(t, 0), 2: Beat(t, 0)}
+    watch = watched(standstill=30.0)
+    assert live(watch, 1, 100, beats) == NOBODY
+    watch.step(0, 99.0)
+    assert live(watch, 100, 200, beats)[0] == 130
+
+
+def test_it_beats_at_once_and_needs_no_device(monkeypatch):
+    keys = {}
+    service = types.SimpleNamespace(
+        key_value_set=lambda key, value, **_: keys.__setitem__(key, value),
+        key_value_dir_get=lambda _: list(keys.items()),
+    )
+    monkeypatch.setattr(distributed, "client", lambda: service)
+    monkeypatch.setattr(distributed, "count", lambda: 2)
+    monkeypatch.setattr(jax, "process_count", pytest.fail)
+    with Watchdog(silence=60.0, end=pytest.fail) as watchdog:
+        assert keys == {"jaxcomm/beats/0": "1 0"}
+        watchdog.step(3)
+    assert keys == {"jaxcomm/beats/0": f"{FINISHED} 3"}
+
+
+def test_the_calls_of_a_resumed_run_are_counted_from_one(monkeypatch):
+    """JAX stops at the call after the last one of anybody before the signal, which may be none."""
+    asked = []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", asked.append)
+    signal_ = loop._StopSignal(None)
+    assert [signal_.requested() for _ in range(3)] == [None] * 3
+    assert asked == [1, 2, 3]
+
+
 def test_who_has_finished_or_is_forgotten_may_be_silent():
     watch = watched()
     watch.forget(0)
@@ -119,25 +156,26 @@ def test_negative_times_are_refused(name):
 # ---------------------------------------------------------------- the supervisor
 
 
-def ended(*codes, stopped=()):
+def ended(*codes, stopped=(), code=1, final=False):
     """A job whose ranks ended one second after the other; `stopped` by the launcher."""
-    ranks = enumerate(codes)
-    return processes.Outcome(
-        1, "why", tuple(processes.Ended(i, c, float(i), i in stopped) for i, c in ranks)
-    )
+    ranks = tuple(processes.Ended(i, c, float(i), i in stopped) for i, c in enumerate(codes))
+    return processes.Outcome(code, "why" if code else None, ranks, final)
 
 
 @pytest.mark.parametrize(
     ("outcome", "left", "again"),
     [
-        (ended(0, 0), 3, False),
-        (ended(-15, -9, stopped={0}), 3, True),  # rank 1 was killed
-        (ended(75, -9, stopped={1}), 1, True),  # rank 1 was stuck, says rank 0
-        (ended(143, 143), 1, True),  # preempted
-        (ended(-9, -9, stopped={0}), 0, False),  # no restarts left
-        (ended(2, -15, stopped={1}), 3, False),  # the user's mistake
-        (ended(-15, -15, stopped={0, 1}), 3, False),  # a signal to the launcher, or a time-out
-        (ended(0, -15, stopped={1}), 3, False),
+        (ended(0, 0, code=0), 3, False),
+        (ended(-15, -9, stopped={0}, code=137), 3, True),  # rank 1 was killed
+        (ended(75, -9, stopped={1}, code=75), 1, True),  # rank 1 was stuck, says rank 0
+        (ended(143, 143, code=143), 1, True),  # preempted
+        (ended(-9, -9, stopped={0}, code=137), 0, False),  # no restarts left
+        (ended(2, -15, stopped={1}, code=2), 3, False),  # the user's mistake
+        (ended(-9, 0, 2, code=2), 3, False),  # also after a loss that was allowed
+        (ended(0, -9, code=0), 3, False),  # the others went on to the end
+        (ended(0, -15, stopped={1}, code=0), 3, False),  # lost at the end
+        (ended(0, -15, -15, stopped={1, 2}), 3, True),  # more than may be lost
+        (ended(-15, -15, stopped={0, 1}, code=143, final=True), 3, False),  # a signal, a time-out
     ],
 )
 def test_what_is_started_again(outcome, left, again):
@@ -284,6 +322,27 @@ def slow(self, values):
 MetricsLogger.summary = slow
 """
 
+# longer than gloo waits for those who come to a new group
+SLOW_SURVIVOR = """
+import os, runpy, time
+from jaxcomm.training import elastic
+put_back = elastic.put_back
+def slow(*args):
+    time.sleep(33 * (os.environ["JAXCOMM_PROCESS_ID"] == "2"))
+    return put_back(*args)
+elastic.put_back = slow
+"""
+SLOW_DATA = """
+import os, runpy, time
+from experiments import tasks
+make_task = tasks.make_task
+def slow(config):
+    print("reads", flush=True)
+    time.sleep(33 * (os.environ["JAXCOMM_PROCESS_ID"] == "1"))
+    return make_task(config)
+tasks.make_task = slow
+"""
+
 
 def elastic(patch, hosts, tmp_path, *fields):
     """A job that goes on after a loss; each process runs the patch first."""
@@ -324,5 +383,42 @@ def test_process_0_does_not_leave_the_others_behind(tmp_path):
     run = elastic(SLOW_ENDS, 2, tmp_path, "steps=3")
     try:
         assert run.process.wait(300) == 0
+    finally:
+        run.end()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_survivor_may_compile_for_longer_than_the_others(tmp_path):
+    run = elastic(SLOW_SURVIVOR, 3, tmp_path, "steps=9000", "stuck_seconds=60")
+    try:
+        wait = lambda pattern, start=0: run.wait_for(pattern, time.monotonic() + 120, start)[0]
+        wait(r"\[0\] step 5/")
+        os.kill(run.pid(1), signal.SIGKILL)
+        wait(r"\[0\] step ", wait(r"\[0\] .* going on after"))
+    finally:
+        run.end()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_process_may_read_its_data_for_longer_than_the_others(tmp_path):
+    run = elastic(SLOW_DATA, 2, tmp_path, "steps=3", "on_failure=stop")
+    try:
+        assert run.process.wait(300) == 0
+    finally:
+        run.end()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("on_failure", ["stop", "continue"])
+def test_a_process_that_is_stopped_while_it_reads_its_data_is_named(on_failure, tmp_path):
+    run = elastic(SLOW_DATA, 2, tmp_path, "steps=3", f"on_failure={on_failure}")
+    try:
+        run.wait_for(r"\[1\] reads", time.monotonic() + 120)
+        os.kill(run.pid(1), signal.SIGSTOP)
+        run.wait_for(r"\[0\] error: rank 1 .* is stuck or gone", time.monotonic() + 60)
+        assert run.process.wait(60) == TRY_AGAIN
     finally:
         run.end()

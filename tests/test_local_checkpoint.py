@@ -48,6 +48,20 @@ with LocalCheckpointer(local, shared, workers=4) as both:
     restored, position, _ = both.restore(state(0))
     check(restored, 4)
     assert position == [rank, 4]
+    if rank == 1:  # again, and what it saved last is gone from the shared path as well
+        shutil.rmtree(local / "process-1")
+    meet("replaced again")
+others = Path(directory) / "others"
+with LocalCheckpointer(local, Checkpointer(others, workers=4), workers=4) as both:
+    assert both.latest() is None  # rank 0 alone has local steps: the run starts at 0
+    for step in (3, 4):
+        assert both.save(step, state(10 * step), data_state=[rank, 0])
+    both.wait(); meet("begun")
+    assert both.latest() == 4
+    check(both.restore(state(0))[0], 40)
+shutil.rmtree(others) if rank == 0 else None; meet("only local")
+with LocalCheckpointer(local, None, workers=4) as only:
+    check(only.restore(state(0))[0], 40)
 with Checkpointer(Path(directory) / "first", workers=4, writers="first") as first:
     for step in (1, 2):
         first.save(step, state(step), data_state=[0, step])

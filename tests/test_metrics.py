@@ -250,3 +250,11 @@ def test_an_unwritable_workdir(tmp_path):
         MetricsLogger(tmp_path / "file" / "run", total_steps=1)
     with pytest.raises(WorkdirError, match=r"^cannot write to workdir /proc/"):
         prepare_workdir("/proc/run")
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_url_is_no_workdir(kind, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(WorkdirError, match=r"^workdir must be in a mounted file system"):
+        prepare_workdir(kind("gs://bucket/run"))
+    assert not list(tmp_path.iterdir())

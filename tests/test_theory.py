@@ -6,6 +6,7 @@ The slow test runs every config to its end and holds its docstring's expectation
 import ast
 import importlib
 import json
+import sys
 from pathlib import Path
 
 import jax
@@ -96,6 +97,21 @@ def test_estimates_that_know_the_gradients_pay_for_them(tmp_path):
     assert ef21.bits[0] == 32 * 50
     np.testing.assert_allclose(ef21.errors[0, 1], dense.errors[0, 1], rtol=1e-5)
     assert ef21.errors[0, 2] != dense.errors[0, 2]
+
+
+def test_a_divergence_without_matplotlib(monkeypatch, tmp_path, capsys):
+    """All but the figure is written; JSON has no infinity."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    errors = np.array([[1.0, np.inf]])
+    curve = theory.Curve("x", np.arange(2), errors, np.arange(2.0))
+    monkeypatch.setattr(theory, "run_method", lambda *_: curve)
+    config = load("theory_divergence", "smoke")
+    config.methods = (("x", ""),)
+    theory.run(config, str(tmp_path))
+    assert "matplotlib is not installed: no figure" in capsys.readouterr().out
+    text = (tmp_path / "summary.json").read_text()
+    assert json.loads(text, parse_constant=pytest.fail)["x"]["final"] == "inf"
+    assert {path.name for path in tmp_path.iterdir()} == {"curves.csv", "summary.json"}
 
 
 def ends(curves):
@@ -234,6 +250,9 @@ def test_naive_top_1_grows_by_the_known_factor(tmp_path):
     ("change", "message"),
     [
         ({"error": "accuracy"}, "config.error must be one of"),
+        ({"record_every": 0}, "config.record_every must be at least 1, got 0"),
+        ({"seeds": 0}, "config.seeds must be at least 1, got 0"),
+        ({"rounds": -1}, "config.rounds must be at least 1, got -1"),
         ({"problem": {"name": "cubic"}}, "config.problem.name must be one of"),
         ({"methods": (("x", "ef22(top_k(k=1))"),)}, "there is no 'ef22'"),
     ],

@@ -1,5 +1,6 @@
 """The main job: from a config to a summary, through kills, restarts and mistakes."""
 
+import contextlib
 import importlib
 import json
 import os
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +18,7 @@ import pytest
 from common import host, same
 
 import configs
+from experiments import devices
 from experiments.tasks import make_task
 from experiments.train import make_step, train_and_evaluate
 from jaxcomm.traffic import traffic
@@ -88,6 +91,47 @@ def test_smoke(name, kind, tmp_path, capsys):
     assert again == json.loads((tmp_path / "summary.json").read_text())
     assert files(tmp_path) == before
     assert "nothing to do" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("mode", ["simulate", "pmap"])
+def test_several_processes_have_workers_on_devices_only(mode, monkeypatch):
+    """Each of them would train on its own part of the batch alone."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ValueError, match=f"'devices' in a job of 2 processes, got '{mode}'"):
+        make_step(load("digits_ef21", mode=mode), None)
+
+
+@pytest.mark.parametrize(("rank", "sets"), [(0, [5, 4, 1]), (1, [5, 4])])
+def test_a_process_connects_only_devices_of_which_it_has_some(rank, sets, monkeypatch):
+    owned = [mock.Mock(process_index=i) for i in (0, 0, 0, 1, 1)]
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "process_index", lambda: rank)
+    monkeypatch.setattr(jax, "devices", lambda: owned)
+    connected = []
+    monkeypatch.setattr(devices, "connect", lambda some: connected.append(len(some)))
+    devices.connect_devices(load("digits_ef21", workers=4))
+    assert connected == sets
+
+
+@pytest.mark.parametrize(
+    ("counts", "workers", "fits"),
+    [
+        ((2, 2), 4, True),
+        ((2, 2), 2, True),
+        ((2, 2), 3, False),
+        ((2, 2), 6, False),
+        ((3, 1), 4, False),
+        ((3, 2), 4, False),
+    ],
+)
+def test_every_process_has_as_many_devices_and_workers(counts, workers, fits, monkeypatch):
+    owned = [mock.Mock(process_index=i) for i, count in enumerate(counts) for _ in range(count)]
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "devices", lambda: owned)
+    words = f"={workers} does not fit {counts[0]} .+ {counts[1]} devices in 2 processes"
+    expected = pytest.raises(ValueError, match=words)
+    with contextlib.nullcontext() if fits else expected:
+        devices.check_devices(load("digits_ef21", workers=workers))
 
 
 def check_outputs(config, workdir, summary):

@@ -9,6 +9,8 @@ ones read through the host. Typed keys are stored as their data; the key type is
 import base64
 import functools
 import json
+import os
+import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -167,6 +169,11 @@ def _encode(value: Any) -> Any:
 
 def _decode(value: dict[str, Any]) -> Any:
     return base64.b64decode(value["__bytes__"]) if set(value) == {"__bytes__"} else value
+
+
+def is_url(path: str | os.PathLike[str]) -> bool:
+    """Whether a path begins like gs://, which is gs:/ once it is a `Path`."""
+    return re.match(r"\w{2,}:/", str(path)) is not None
 
 
 def crc32(file: Path) -> int:

@@ -231,6 +231,10 @@ class Checkpointer:
         held = ", ".join(map(str, found))
         raise CorruptCheckpointError(f"every checkpoint in {self._dir} is corrupt: steps {held}")
 
+    def goes_on_from(self, other: Checkpointer | None) -> None:
+        """Makes the next ``save`` set aside all later than what `other` restored; all if None."""
+        self._restored = -1 if other is None else other._restored
+
     def steps(self) -> list[int]:
         """The steps of the complete checkpoints, ascending; StorageError if they cannot be read."""
         return list(self._agreed())
@@ -460,7 +464,7 @@ def _stored(leaf: Any) -> bool:
 
 
 def _writable(directory: str | os.PathLike[str]) -> Path:
-    if "://" in str(directory):
+    if _storage.is_url(directory):
         raise CheckpointError(f"checkpoints need a mounted file system, got {directory}")
     path = Path(directory).absolute()
     try:

@@ -18,9 +18,10 @@ way. gloo cannot abort: a process whose collective has failed hangs up the conne
 opened in it, or since the ElasticStep was made, so that its neighbours' collectives fail as well.
 Checkpoints are written by process 0 alone (`Checkpointer(writers="first")`). Needs
 `jax_enable_recoverability` before the job is joined (`prepare`). Process 0 hosts the coordination
-service: its death ends the job and is for a restart. No process can join later. One that is stuck
-or cut off is left once the watchdog has had no sign of life for its `silence`, and counts as dead
-where its heartbeats have stopped for HEARTBEAT_SECONDS; without a watchdog all wait for it.
+service: at its death JAX aborts the others (SIGABRT), which is for a restart. No process can join
+later. One that is stuck or cut off is left once the watchdog has had no sign of life for its
+`silence`, and counts as dead where its heartbeats have stopped for HEARTBEAT_SECONDS; without a
+watchdog all wait for it.
 """
 
 import contextlib
@@ -38,7 +39,7 @@ from jax.experimental import multihost_utils
 
 from jaxcomm.training import _storage
 from jaxcomm.training._sockets import Connections
-from jaxcomm.training.distributed import client
+from jaxcomm.training.distributed import client, connect
 from jaxcomm.training.placement import CHUNKS
 from jaxcomm.training.step import TrainState, TrainStep
 from jaxcomm.training.watchdog import Watchdog
@@ -73,6 +74,7 @@ class ElasticStep:
       devices: those at the start, of all processes.
       every: steps between two copies of the state to host memory; so many are repeated at most.
       watchdog: says who is silent, and is told whom it need not watch any more.
+      connections: between the devices, if they were opened before.
 
     Raises:
       ValueError: `every` is less than 1.
@@ -85,6 +87,7 @@ class ElasticStep:
         *,
         every: int = 1,
         watchdog: Watchdog | None = None,
+        connections: Connections | None = None,
     ):
         if every < 1:
             raise ValueError(f"every must be at least 1, got {every}")
@@ -94,7 +97,7 @@ class ElasticStep:
         self._live = list(devices)
         self._step = make(self._live)
         self._snapshot: Snapshot | None = None
-        self._connections = Connections()
+        self._connections = connections or Connections()
         self._rows: list[Any] = []  # this process's, of the steps since the snapshot
         self._calls, self._asked = 0, False
         if watchdog is not None:  # a collective with a silent process does not fail by itself
@@ -191,6 +194,8 @@ class ElasticStep:
             if self._watchdog is not None:
                 self._watchdog.forget(rank)
         self.lost = tuple(sorted(gone))
+        with self._calling():  # while all are in step: one of them may compile for longer
+            connect(self._live)
         self._step = self._make(self._live)
         logging.warning(
             "lost processes %s: going on with %d of %d workers from step %d, %d steps again",

@@ -3,7 +3,7 @@
 A process saves what its own devices hold: replicated leaves whole, per-worker leaves its own rows.
 Nobody waits for anybody and no network is used. A run goes on from the newest step that every
 process still has, or from the shared path if that is newer, a host was replaced, or the number of
-workers is another.
+workers is another. Local checkpoints of later steps are set aside (renamed) by the next save.
 """
 
 import os
@@ -35,6 +35,7 @@ class LocalCheckpointer:
 
     Raises:
       CheckpointError: the directory cannot be made or written.
+      StorageError: the shared checkpoints cannot be read.
     """
 
     def __init__(
@@ -42,6 +43,8 @@ class LocalCheckpointer:
     ):
         path = Path(directory) / f"process-{jax.process_index()}"
         self._own, self._shared = Checkpointer(path, writers="own", **options), shared
+        if self.latest() is None:  # what only some processes have is no run's past
+            self._own.goes_on_from(None)
 
     def save(
         self, step: int, state: Any, *, data_state: Any, extra: Any = None, force: bool = False
@@ -73,7 +76,7 @@ class LocalCheckpointer:
         if self._shared is None:
             raise CheckpointError("no local checkpoint is whole on all processes")
         result = self._shared.restore(state_like, resize=resize)
-        self._own._restored = self._shared._restored  # later local steps are not this run's past
+        self._own.goes_on_from(self._shared)
         return result
 
     def latest(self) -> int | None:

@@ -5,6 +5,7 @@ checkpoint, so that N steps equal k steps, a kill, and N - k more, bit for bit.
 """
 
 import functools
+import itertools
 import signal
 import threading
 from collections.abc import Callable
@@ -79,6 +80,8 @@ def train_loop(
     """
     if log_every < 1:
         raise ValueError(f"log_every must be at least 1 step, got {log_every}")
+    if watchdog is not None:
+        watchdog.step(0)
     account, clock, seconds = Account(step), Stopwatch(), 0.0
     if checkpointer is not None and checkpointer.latest() is not None:
         state, position, extra = checkpointer.restore(state, resize=resize)
@@ -127,7 +130,7 @@ def train_loop(
                 logger.log(done, values)
                 if monitor is not None:
                     monitor(done, seconds)
-            stopping = stop.requested(done)
+            stopping = stop.requested()
             if last or stopping or (checkpoint_every and done % checkpoint_every == 0):
                 state, _ = step.together(save, state)
             if stopping and not last:
@@ -208,11 +211,12 @@ def meetings(state: TrainState) -> int:
 class _StopSignal:
     """SIGTERM asks for a stop at the next step; several processes agree on which one.
 
-    JAX's way to agree would wait for the dead: an ElasticStep has its own.
+    JAX's way to agree would wait for the dead: an ElasticStep has its own. It counts the calls, of
+    this part of a run, so that a signal before the first of them is not missed.
     """
 
     def __init__(self, step: Any):
-        self._asked = threading.Event()
+        self._asked, self._calls = threading.Event(), itertools.count(1)
         self._elastic = step if isinstance(step, ElasticStep) else None
         self._ask = self._elastic.ask_to_stop if self._elastic else self._asked.set
 
@@ -227,9 +231,9 @@ class _StopSignal:
         if self._old is not None:
             signal.signal(signal.SIGTERM, self._old)
 
-    def requested(self, done: int) -> bool:
+    def requested(self) -> bool:
         if self._elastic is not None:
             return self._elastic.stopping()
         if jax.process_count() > 1:
-            return multihost_utils.reached_preemption_sync_point(done)
+            return multihost_utils.reached_preemption_sync_point(next(self._calls))
         return self._asked.is_set()

@@ -21,6 +21,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
+from jaxcomm.training._storage import is_url
+
 
 class WorkdirError(ValueError):
     """A directory that cannot be written; the message is one sentence, `errno` the system's."""
@@ -212,8 +214,10 @@ def prepare_workdir(workdir: str | os.PathLike[str]) -> Path:
     """Makes the directory of a run and tries to write in it.
 
     Raises:
-      WorkdirError: it cannot be made or written.
+      WorkdirError: it cannot be made or written, or is a URL.
     """
+    if is_url(workdir):
+        raise WorkdirError(f"workdir must be in a mounted file system, got {workdir}")
     path = Path(workdir).absolute()
     try:
         path.mkdir(parents=True, exist_ok=True)

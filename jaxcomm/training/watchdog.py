@@ -6,24 +6,27 @@ process that noticed it ends with code 75 (sysexits' "temporary failure: try aga
 main thread waits in a collective. A process whose threads are alive but whose steps stand still
 (its data never come, say) is named after a longer time. A process that was itself suspended does
 not accuse the others of the time it missed.
+
+It takes the place of JAX's own limit of 100 s, which names nobody: give `initialize` WATCHED. That
+process 0 has ended JAX itself notices, and aborts the others at once with a message of its own.
 """
 
 import contextlib
+import math
 import os
 import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
-import jax
-
-from jaxcomm.training.distributed import client
+from jaxcomm.training import distributed
 
 TRY_AGAIN = 75  # EX_TEMPFAIL: what it means to supervisors, SLURM and Kubernetes is up to them
 PREFIX = "jaxcomm/beats/"
 FINISHED = -1
-START_SECONDS = 300.0  # a process that has not beaten yet may still read its data
+START_SECONDS = 300.0  # for a process that has not beaten yet
+WATCHED = {"heartbeat_timeout_seconds": 10**7}  # for `initialize`: JAX itself ends nobody
 
 
 class Beat(NamedTuple):
@@ -48,11 +51,11 @@ class Watch:
     def __init__(self, rank: int, ranks: set[int], silence: float, standstill: float, now: float):
         self._rank, self._silence, self._standstill = rank, silence, standstill
         self._heard = {r: (Beat(0, 0), now) for r in ranks}
-        self._step, self._moved = 0, now
+        self._step, self._moved = 0, math.inf  # until the first step is due
         self._judged = self._answered = now
 
     def step(self, step: int, now: float) -> None:
-        """This process has ended a step."""
+        """This process has ended a step, or begins with the first (0)."""
         self._step, self._moved = step, now
 
     def hear(self, beats: Mapping[int, Beat], now: float) -> None:
@@ -85,7 +88,7 @@ class Watch:
         missed, self._judged = now - self._judged, now
         if missed > self._silence / 2:  # this process was suspended itself
             self._heard = {rank: (beat, now) for rank, (beat, _) in self._heard.items()}
-            self._moved = self._answered = now
+            self._moved, self._answered = max(self._moved, now), now
         running = {r: h for r, h in self._heard.items() if h[0].count != FINISHED}
         if not running:
             return None
@@ -144,12 +147,14 @@ class Watchdog:
         self._leave: Callable[[], Any] | None = None
         self._patience = 0.0
         self._left: float | None = None  # when this process was made to leave the silent
-        if silence and jax.process_count() > 1:
-            rank = jax.process_index()
-            others = set(range(jax.process_count())) - {rank}
+        if silence and distributed.count() > 1:
+            rank = distributed.rank()
+            others = set(range(distributed.count())) - {rank}
             self._watch = Watch(rank, others, silence, standstill, time.monotonic())
 
     def __enter__(self) -> "Watchdog":
+        if self._watch is not None:
+            self._write(Beat(1, self._step))
         for run in (self._beat, self._judge) if self._watch else ():
             threading.Thread(target=run, name="jaxcomm_watchdog", daemon=True).start()
         return self
@@ -161,7 +166,7 @@ class Watchdog:
                 self._write(Beat(FINISHED, self._step))
 
     def step(self, step: int) -> None:
-        """Takes note of a step that has ended."""
+        """Takes note of a step that has ended; 0: from now on a standstill is one."""
         self._step = step
         if self._watch is not None:
             with self._lock:
@@ -201,12 +206,12 @@ class Watchdog:
 
     def _beat(self) -> None:
         assert self._watch is not None
-        count = 0
+        count = 1
         while not self._stop.wait(self._interval):
             count += 1
             try:
                 self._write(Beat(count, self._step))
-                beats = _parse(client().key_value_dir_get(PREFIX))
+                beats = _parse(distributed.client().key_value_dir_get(PREFIX))
             except Exception:  # whatever the service says: it does not answer
                 continue
             with self._lock:
@@ -219,7 +224,7 @@ class Watchdog:
             with self._lock:
                 sentence, silent = self._watch.verdict(now), self._watch.silent()
             if not self._waits(now, silent) and sentence and not self._stop.is_set():
-                if jax.process_index() == 0:  # without its service the others could not say it
+                if distributed.rank() == 0:  # without its service the others could not say it
                     time.sleep(2 * self._interval)
                 self._stop.set()
                 self._end(sentence)
@@ -235,11 +240,11 @@ class Watchdog:
         return now - self._left < self._patience
 
     def _write(self, beat: Beat) -> None:
-        key = f"{PREFIX}{jax.process_index()}"
-        client().key_value_set(key, f"{beat.count} {beat.step}", allow_overwrite=True)
+        key = f"{PREFIX}{distributed.rank()}"
+        distributed.client().key_value_set(key, f"{beat.count} {beat.step}", allow_overwrite=True)
 
 
-def give_up(sentence: str, code: int = TRY_AGAIN) -> None:
+def give_up(sentence: str, code: int = TRY_AGAIN) -> NoReturn:
     """Prints the sentence and ends the process, wherever its main thread is."""
     sys.stdout.flush()
     print(f"error: {sentence}", file=sys.stderr, flush=True)
