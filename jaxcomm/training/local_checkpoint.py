@@ -6,6 +6,7 @@ process still has, or from the shared path if that is newer, a host was replaced
 workers is another. Local checkpoints of later steps are set aside (renamed) by the next save.
 """
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,8 @@ class LocalCheckpointer:
 
     Args:
       directory: on this host's own disk; `process-<rank>` is made in it.
-      shared: saves what all processes have to a path that all see; closed with this one. None if
-        there is no such path.
+      shared: saves what all processes have to a path that all see; closed with this one, also if
+        that cannot be made. None if there is no such path.
       **options: of the local `Checkpointer`: config, workers, keep.
 
     Raises:
@@ -42,9 +43,14 @@ class LocalCheckpointer:
         self, directory: str | os.PathLike[str], shared: Checkpointer | None, **options: Any
     ):
         path = Path(directory) / f"process-{jax.process_index()}"
-        self._own, self._shared = Checkpointer(path, writers="own", **options), shared
-        if self.latest() is None:  # what only some processes have is no run's past
-            self._own.goes_on_from(None)
+        with contextlib.ExitStack() as unless_made:
+            if shared is not None:
+                unless_made.callback(shared.close)
+            self._own, self._shared = Checkpointer(path, writers="own", **options), shared
+            unless_made.callback(self._own.close)
+            if self.latest() is None:  # what only some processes have is no run's past
+                self._own.goes_on_from(None)
+            unless_made.pop_all()
 
     def save(
         self, step: int, state: Any, *, data_state: Any, extra: Any = None, force: bool = False
