@@ -91,7 +91,7 @@ def test_huffman_with_deep_codes():
     np.testing.assert_array_equal(entropy.huffman_decode(data), symbols)
 
 
-@pytest.mark.parametrize("coder", ["best", *entropy.CODERS])
+@pytest.mark.parametrize("coder", [pytest.param("best", marks=pytest.mark.slow), *entropy.CODERS])
 @pytest.mark.parametrize("size", [0, 1, 9, 5000])
 def test_fedzip_decodes_to_what_top_k_and_kmeans_give(coder, size):
     x = np.random.default_rng(size).standard_normal(size).astype(np.float32)

@@ -76,6 +76,7 @@ def test_a_delay_is_stable_up_to_its_limit(tau, limit):
     assert last(1.03 * limit) > 10
 
 
+@pytest.mark.slow
 def test_eager_lies_between_waiting_and_the_naive_delay():
     """The figures of sheet F.7 (a); it does not say where training starts: here at 1.1."""
     d, workers, rounds, every = 30, 2, 60, 10

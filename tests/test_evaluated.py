@@ -99,7 +99,11 @@ def test_it_has_the_dtype_of_the_parameters():
 
 @pytest.mark.parametrize(
     ("way", "download"),
-    [("simulate", None), ("devices", jaxcomm.top_k(0.5)), ("pmap", jaxcomm.top_k(0.5))],
+    [
+        ("simulate", None),
+        pytest.param("devices", jaxcomm.top_k(0.5), marks=pytest.mark.slow),
+        ("pmap", jaxcomm.top_k(0.5)),
+    ],
     ids=["simulate", "devices, sparse downloads", "pmap, sparse downloads"],
 )
 def test_the_server_of_flasc(way, download):

@@ -82,6 +82,7 @@ def test_all_machines_stay_equal_and_a_late_one_catches_up():
     ]
 
 
+@pytest.mark.slow
 def test_one_machine_of_four_samples_is_four_machines_of_one():
     job = lambda samples: just_one_byte(
         loss_fn, AXIS, learning_rate=0.01, clip=30.0, samples=samples
@@ -176,6 +177,7 @@ def test_a_worker_with_a_nan_is_not_counted():
     np.testing.assert_allclose(state.params - start.params, change, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_learns_as_fast_as_with_float32_scalars():
     """Linear regression, d = 20, 4 machines x 8 samples (spec L.4): at most a tenth slower."""
     target = jnp.asarray(np.random.default_rng(15).normal(size=20), jnp.float32)

@@ -158,6 +158,7 @@ def test_flasc_with_full_densities_is_fedavg():
         jax.tree.map(close, lora_run(rule)[1].params, dense.params)
 
 
+@pytest.mark.slow
 def test_flasc_uploads_and_downloads_sparse_and_keeps_the_server_dense():
     size = 2 * (12 + 8) + 2 * (8 + 6)
     rule = flasc(top_k(0.25), AXIS, 4, download=top_k(0.5), outer=optax.sgd(1.0))
@@ -173,6 +174,7 @@ def test_flasc_uploads_and_downloads_sparse_and_keeps_the_server_dense():
     assert payload(step, state) == (N - 1) * top_k(0.25).payload_bytes(size)
 
 
+@pytest.mark.slow
 def test_flasc_displaces_from_what_was_downloaded():
     """With a local learning rate of zero nothing is uploaded and the server stays where it is."""
     lora = jax.tree.map(lambda x: x + 0.1, lora_init(BASE, 2, jax.random.key(1)))

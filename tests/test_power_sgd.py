@@ -74,7 +74,10 @@ def test_matches_the_algorithm_as_written_and_telescopes():
     jax.tree.map(lambda x: np.testing.assert_array_equal(x[0], x[-1]), (out, state.query))
 
 
-@pytest.mark.parametrize("exchange", ["gather", "two_phase", "auto"])
+@pytest.mark.parametrize(
+    "exchange",
+    ["gather", *(pytest.param(e, marks=pytest.mark.slow) for e in ("two_phase", "auto"))],
+)
 def test_compressed_factors_telescope(exchange):
     """Sum of outputs + mean error = sum of mean gradients, whatever the codec does to P and Q."""
     codec = jaxcomm.quantize(4, 16, rounding="stochastic")

@@ -130,6 +130,7 @@ def test_signs_cannot_leave_a_line():
     assert np.abs(x[0, -1]).max() < 0.05
 
 
+@pytest.mark.slow
 def test_composes():
     composition.check_all(lambda: signum(1e-2, AXIS), ends=optax.identity)
     composition.check(optax.chain(majority_vote(AXIS), optax.adamw(1e-2)), simulate=2)

@@ -177,6 +177,7 @@ def test_a_training_that_goes_on_beyond_its_end_keeps_delivering(delay):
     assert equal == ([5, 6, 11] if delay == 0 else [6, 13])
 
 
+@pytest.mark.slow
 def test_every_parameter_meets_exactly_once_in_a_round():
     q, loss, x0 = tree_problem(5)
     for pattern in ("strided", "sequential", "balanced"):

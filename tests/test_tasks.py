@@ -348,6 +348,7 @@ def train(task, steps, batch_size, learning_rate):
     return task.evaluate(params)
 
 
+@pytest.mark.slow
 def test_digits_reach_97_percent():
     task = make_task(ml_collections.ConfigDict({"task": task_config("digits")}))
     assert train(task, 300, 128, 3e-3)["validation_accuracy"] >= 0.97
