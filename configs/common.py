@@ -7,7 +7,7 @@ tx, sync     Python expressions over jaxcomm's public names and optax.*, with ax
              learning_rate, steps, warmup_steps and workers in scope
 workers      how many; 0 for as many as there are devices in the job, which may be other ones when
              it is started again with resize=True
-mode         devices (shard_map), simulate (vmap on one device) or pmap; the latter two in one process
+mode         devices (shard_map); in one process also simulate (vmap on one device) or pmap
 local_checkpoints
              a directory on every host's own disk that gets each checkpoint as well
 resize       go on from a checkpoint of another number of workers (jaxcomm.resize_workers)
