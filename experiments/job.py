@@ -7,14 +7,13 @@ Without them the environment decides (`experiments.cluster` sets it), or what JA
 Open MPI, Kubernetes, TPU).
 """
 
-import json
 import os
 
 import jax
 from absl import flags
 
 from experiments.config import Config
-from jaxcomm.training import distributed
+from jaxcomm.training import _storage, distributed
 from jaxcomm.training.watchdog import START_SECONDS, give_up
 
 VARIABLES = {
@@ -58,20 +57,18 @@ def agree(config: Config) -> None:
     Raises:
       ValueError: a field has another value in another process.
     """
-    fields = jax.tree.leaves_with_path(config.to_dict(), is_leaf=lambda x: not isinstance(x, dict))
-    own = {jax.tree_util.keystr(path, simple=True, separator="."): repr(x) for path, x in fields}
-    own = {name: value for name, value in own.items() if name not in OWN}
+    shared = {name: value for name, value in config.to_dict().items() if name not in OWN}
     try:
-        first, *others = map(json.loads, distributed.tell_all(json.dumps(own), START_SECONDS))
+        said = distributed.tell_all(_storage.dumps(shared), START_SECONDS)
     except TimeoutError as error:
         give_up(str(error))
+    first, *others = map(_storage.loads, said)
     for rank, other in enumerate(others, start=1):
-        for name in sorted(first.keys() | other.keys()):
-            if first.get(name) != other.get(name):
-                raise ValueError(
-                    f"config.{name} must be the same in all processes, got "
-                    f"{first.get(name)} in process 0 and {other.get(name)} in process {rank}"
-                )
+        for name, here, there in _storage.config_changes(first, other):
+            raise ValueError(
+                f"config.{name} must be the same in all processes, got "
+                f"{here!r} in process 0 and {there!r} in process {rank}"
+            )
 
 
 def keep_programs(directory: str | None) -> None:

@@ -379,8 +379,11 @@ def test_a_stuck_process_is_left_and_after_that_sigterm_saves(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_process_0_does_not_leave_the_others_behind(tmp_path):
-    run = elastic(SLOW_ENDS, 2, tmp_path, "steps=3")
+@pytest.mark.parametrize(
+    ("patch", "on_failure"), [(SLOW_ENDS, "continue"), (SLOW_DATA, "stop")], ids=["ends", "data"]
+)
+def test_a_process_may_read_its_data_or_end_later_than_the_others(patch, on_failure, tmp_path):
+    run = elastic(patch, 2, tmp_path, "steps=3", f"on_failure={on_failure}")
     try:
         assert run.process.wait(300) == 0
     finally:
@@ -396,16 +399,6 @@ def test_a_survivor_may_compile_for_longer_than_the_others(tmp_path):
         wait(r"\[0\] step 5/")
         os.kill(run.pid(1), signal.SIGKILL)
         wait(r"\[0\] step ", wait(r"\[0\] .* going on after"))
-    finally:
-        run.end()
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(400)
-def test_a_process_may_read_its_data_for_longer_than_the_others(tmp_path):
-    run = elastic(SLOW_DATA, 2, tmp_path, "steps=3", "on_failure=stop")
-    try:
-        assert run.process.wait(300) == 0
     finally:
         run.end()
 

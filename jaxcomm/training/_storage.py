@@ -134,10 +134,16 @@ def layout_difference(theirs: dict[str, str], ours: dict[str, str]) -> str | Non
 
 def config_difference(theirs: dict[str, Any], ours: dict[str, Any]) -> str | None:
     """The settings that are not the same, as half a sentence."""
-    was, now = dict(_settings(theirs)), dict(_settings(ours))
-    keys = [key for key in was | now if was.get(key, _ABSENT) != now.get(key, _ABSENT)]
-    each = [f"{key}={was.get(key, _ABSENT)}, this run has {now.get(key, _ABSENT)}" for key in keys]
+    changes = config_changes(theirs, ours)
+    each = [f"{key}={was}, this run has {now}" for key, was, now in changes]
     return f"was written with {'; '.join(each)}" if each else None
+
+
+def config_changes(theirs: dict[str, Any], ours: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """The settings that are not the same: (key with dots, theirs, ours)."""
+    was, now = dict(_settings(theirs)), dict(_settings(ours))
+    pairs = [(key, was.get(key, _ABSENT), now.get(key, _ABSENT)) for key in was | now]
+    return [(key, old, new) for key, old, new in pairs if old != new]
 
 
 def _settings(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -38,7 +38,7 @@ from jaxcomm.collectives.exchange import check_exchange
 from jaxcomm.collectives.flatten import leaf_buckets, zeros_like_float32
 from jaxcomm.compressors import Compressor
 from jaxcomm.compressors._fence import fence
-from jaxcomm.compressors.base import whole
+from jaxcomm.compressors.base import require_whole
 from jaxcomm.transforms.common import (
     Communication,
     check_compressor,
@@ -277,8 +277,7 @@ def _product(p: jax.Array, q: jax.Array) -> jax.Array:
 def _check(rank, min_compression_rate, start_step) -> None:
     check_fixed(rank, "rank", "power_sgd")
     check_fixed(min_compression_rate, "min_compression_rate", "power_sgd")
-    if not whole(rank, 1):
-        raise ValueError(f"power_sgd: rank must be a whole number, at least 1, got {rank}")
+    require_whole("power_sgd: rank", rank, 1)
     if min_compression_rate < 0:
         raise ValueError(
             f"power_sgd: min_compression_rate must not be negative, got {min_compression_rate}"
