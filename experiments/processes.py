@@ -5,6 +5,7 @@ terminal reaches the launcher alone. A launcher that is killed takes its process
 """
 
 import contextlib
+import math
 import os
 import queue
 import signal
@@ -20,6 +21,7 @@ HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 MISTAKE = 2  # exit code of what the user got wrong: no other attempt would be better
 UNSAVED = 74  # EX_IOERR: the system could not write or read; another attempt may go well
 TIMED_OUT = 124  # as timeout(1)
+LONGEST_WAIT = 1.0  # seconds
 DRAIN_SECONDS = 2.0  # for the last lines, should a process that got away hold the pipe
 
 # Run before the command: the kernel kills this process when the launcher's main thread ends.
@@ -87,11 +89,12 @@ class Events:
 
     def next(self, deadline: float | None) -> "int | signal.Signals | None":
         """The next event; None once the deadline (of `time.monotonic`) has passed."""
-        wait = None if deadline is None else max(0.0, deadline - time.monotonic())
-        try:
-            return self._get(timeout=wait)
-        except queue.Empty:
-            return None
+        while True:  # a signal just before the wait is handled after it: no wait is long
+            left = math.inf if deadline is None else max(0.0, deadline - time.monotonic())
+            with contextlib.suppress(queue.Empty):
+                return self._get(timeout=min(left, LONGEST_WAIT))
+            if left <= LONGEST_WAIT:
+                return None
 
 
 def run(
