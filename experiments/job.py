@@ -7,10 +7,15 @@ Without them the environment decides (`experiments.cluster` sets it), or what JA
 Open MPI, Kubernetes, TPU).
 """
 
+import contextlib
+import fcntl
 import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
 
 import jax
-from absl import flags
+from absl import flags, logging
 
 from experiments.config import Config
 from jaxcomm.training import _storage, distributed
@@ -69,6 +74,37 @@ def agree(config: Config) -> None:
                 f"config.{name} must be the same in all processes, got "
                 f"{here!r} in process 0 and {there!r} in process {rank}"
             )
+
+
+@contextlib.contextmanager
+def claimed(workdir: str | os.PathLike[str]) -> Iterator[None]:
+    """This job alone writes in the directory for as long as the block runs; all processes call it.
+
+    Process 0 holds a lock, which ends with it however it ends. A lock of another host is told
+    about only: file servers keep that of a dead one for a while, and a restart must not wait.
+
+    Raises:
+      ValueError: another process of this host writes there; the sentence names it.
+    """
+    here, refused = socket.gethostname(), ""
+    with contextlib.ExitStack() as held:
+        if jax.process_index() == 0:
+            with contextlib.suppress(OSError):  # a full disk, a file system without locks
+                lock = os.open(Path(workdir) / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+                held.callback(os.close, lock)
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    os.truncate(lock, 0)
+                    os.write(lock, f"process {os.getpid()} of {here}".encode())
+                except BlockingIOError:
+                    owner = os.read(lock, 300).decode(errors="replace")
+                    refused = f"{owner or 'another process'} is writing to workdir {workdir}"
+                    if owner and not owner.endswith(f" of {here}"):
+                        logging.warning("%s, or was", refused)
+                        refused = ""
+        if refused := distributed.tell_all(refused, START_SECONDS)[0]:
+            raise ValueError(f"{refused}: end it, or give another --workdir")
+        yield
 
 
 def keep_programs(directory: str | None) -> None:

@@ -105,11 +105,16 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any]:
     silence = config.stuck_seconds
     if config.on_failure == "continue" and silence:  # by then JAX's service knows that it is dead
         silence = max(silence, HEARTBEAT_SECONDS + 1.0)
-    with Watchdog(silence, config.standstill_seconds) as watchdog:
-        return _run(config, workdir, watchdog)
+    with (
+        Watchdog(silence, config.standstill_seconds) as watchdog,
+        contextlib.ExitStack() as held,
+    ):
+        return _run(config, workdir, watchdog, held)
 
 
-def _run(config: Config, workdir: str, watchdog: Watchdog) -> dict[str, Any]:
+def _run(
+    config: Config, workdir: str, watchdog: Watchdog, held: contextlib.ExitStack
+) -> dict[str, Any]:
     with _named_failures(watchdog):
         job.agree(config)
         config = with_workers(config)
@@ -117,6 +122,7 @@ def _run(config: Config, workdir: str, watchdog: Watchdog) -> dict[str, Any]:
         if done := _finished(config, workdir):
             return done
         prepare_workdir(workdir)
+        held.enter_context(job.claimed(workdir))
         task = make_task(config)
         elastic = config.on_failure == "continue" and jax.process_count() > 1
         step: Any = (

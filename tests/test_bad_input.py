@@ -16,6 +16,7 @@ from common import AXIS, batch, loss_fn, mesh, tree
 
 import jaxcomm
 from configs import digits_ef21
+from experiments import job
 from experiments.command_line import sentence
 from experiments.train import train_and_evaluate
 
@@ -361,6 +362,25 @@ def test_a_damaged_summary_is_named(tmp_path):
     (tmp_path / "summary.json").write_text('{"steps": 20, "sy')
     with pytest.raises(ValueError, match=r"summary.json is damaged .*: remove it to go on"):
         train_and_evaluate(digits_ef21.get_config("smoke"), str(tmp_path))
+
+
+def test_two_runs_do_not_write_to_one_directory(tmp_path):
+    words = [sys.executable, "-m", "experiments.train", "--config=configs/digits_ef21.py:smoke"]
+    words += [f"--workdir={tmp_path}"]
+    with job.claimed(tmp_path):
+        ended = subprocess.run(words, capture_output=True, text=True, timeout=300, cwd=ROOT)
+        assert ended.returncode == 2
+        assert f"process {os.getpid()} of " in ended.stderr
+        assert f"is writing to workdir {tmp_path}: end it, or give another" in ended.stderr
+        assert not (tmp_path / "metrics.jsonl").exists()
+        with pytest.raises(ValueError, match="is writing to workdir"), job.claimed(tmp_path):
+            pass
+    (tmp_path / "lock").write_text("process 1 of what is longer than any name of a host")
+    with job.claimed(tmp_path):  # nobody holds it
+        assert (tmp_path / "lock").read_text().startswith(f"process {os.getpid()} of ")
+        (tmp_path / "lock").write_text("process 1 of another host")
+        with job.claimed(tmp_path):  # it may be dead, which its file server does not know yet
+            pass
 
 
 def test_faults_of_the_program_keep_their_traceback():
