@@ -10,12 +10,11 @@ Open MPI, Kubernetes, TPU).
 import contextlib
 import fcntl
 import os
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 
 import jax
-from absl import flags, logging
+from absl import flags
 
 from experiments.config import Config
 from jaxcomm.training import _storage, distributed
@@ -80,31 +79,36 @@ def agree(config: Config) -> None:
 def claimed(workdir: str | os.PathLike[str]) -> Iterator[None]:
     """This job alone writes in the directory for as long as the block runs; all processes call it.
 
-    Process 0 holds a lock, which ends with it however it ends. A lock of another host is told
-    about only: file servers keep that of a dead one for a while, and a restart must not wait.
+    Process 0 holds a lock on it, which ends with the process however that ends. Other hosts do not
+    see it: a file server keeps the lock of a dead one, and a restart must not wait for that.
 
     Raises:
-      ValueError: another process of this host writes there; the sentence names it.
+      ValueError: another process writes there; the sentence names it.
     """
-    here, refused = socket.gethostname(), ""
+    refused = ""
     with contextlib.ExitStack() as held:
         if jax.process_index() == 0:
-            with contextlib.suppress(OSError):  # a full disk, a file system without locks
-                lock = os.open(Path(workdir) / "lock", os.O_RDWR | os.O_CREAT, 0o666)
-                held.callback(os.close, lock)
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    os.truncate(lock, 0)
-                    os.write(lock, f"process {os.getpid()} of {here}".encode())
-                except BlockingIOError:
-                    owner = os.read(lock, 300).decode(errors="replace")
-                    refused = f"{owner or 'another process'} is writing to workdir {workdir}"
-                    if owner and not owner.endswith(f" of {here}"):
-                        logging.warning("%s, or was", refused)
-                        refused = ""
+            directory = os.open(workdir, os.O_RDONLY)
+            held.callback(os.close, directory)
+            try:
+                fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                refused = f"{_owner(directory)} is writing to workdir {workdir}"
+            except OSError:  # a file system without such locks
+                pass
         if refused := distributed.tell_all(refused, START_SECONDS)[0]:
             raise ValueError(f"{refused}: end it, or give another --workdir")
         yield
+
+
+def _owner(directory: int) -> str:
+    """Who holds the lock on an open directory, as far as the kernel says."""
+    locks = Path("/proc/locks")
+    for line in locks.read_text().splitlines() if locks.exists() else ():
+        _, kind, _, _, process, inode, *_ = line.split()
+        if kind == "FLOCK" and inode.endswith(f":{os.fstat(directory).st_ino}"):
+            return f"process {process}"
+    return "another process"
 
 
 def keep_programs(directory: str | None) -> None:

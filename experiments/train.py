@@ -10,6 +10,7 @@ import contextlib
 import json
 import logging as std_logging
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -161,8 +162,9 @@ def _run(
             monitor=every_line,
         )
         if run.interrupted:
-            print(f"stopped at step {int(run.state.step)} by SIGTERM; the state is saved")
-            sys.exit(128 + 15)
+            name = signal.Signals(run.interrupted).name
+            print(f"stopped at step {int(run.state.step)} by {name}; the state is saved")
+            sys.exit(128 + run.interrupted)
         _, (params, skipped) = step.together(
             lambda state: (step.consensus(state), int(state.skipped.sum())), run.state
         )

@@ -1,4 +1,4 @@
-"""The loop: steps, metrics, checkpoints; stops at SIGTERM, goes on where it stopped.
+"""The loop: steps, metrics, checkpoints; stops at SIGTERM or Ctrl-C, goes on where it stopped.
 
 Everything that decides the trajectory (state, data position, bytes sent so far) is in the
 checkpoint, so that N steps equal k steps, a kill, and N - k more, bit for bit.
@@ -6,6 +6,7 @@ checkpoint, so that N steps equal k steps, a kill, and N - k more, bit for bit.
 
 import functools
 import itertools
+import os
 import signal
 import threading
 from collections.abc import Callable
@@ -35,7 +36,7 @@ class Run(NamedTuple):
     largest_step_bytes: float  # of the dearest step
     dense_bytes: float  # that averaging float32 gradients in every step would have sent
     seconds: float  # wall time since the first step ended, earlier parts of the run included
-    interrupted: bool  # by SIGTERM: the state is saved
+    interrupted: int  # the signal after which the state was saved; 0 for none
 
 
 def train_loop(
@@ -63,7 +64,7 @@ def train_loop(
       data: iterator over this process's share of global batches, with `get_state`/`set_state`.
       steps: last step.
       logger: where metrics go.
-      checkpointer: saves every `checkpoint_every` steps, at the end, and on SIGTERM.
+      checkpointer: saves every `checkpoint_every` steps, at the end, and on SIGTERM or Ctrl-C.
       log_every: steps between two lines of metrics.
       checkpoint_every: steps between two saves; 0 saves at the end only.
       evaluate: validation metrics of one parameter tree, logged every `evaluate_every` steps.
@@ -140,7 +141,8 @@ def train_loop(
     if account.unseen:  # the last checkpoint was the end
         account.see(state, put_batch(step, next(data)))
     sent, largest = account.settle(), account.report.largest_step_bytes
-    return Run(state, meetings(state), sent, largest, account.dense, seconds, done < steps)
+    interrupted = stop.number if done < steps else 0
+    return Run(state, meetings(state), sent, largest, account.dense, seconds, interrupted)
 
 
 class Account:
@@ -211,25 +213,38 @@ def meetings(state: TrainState) -> int:
 class _StopSignal:
     """SIGTERM asks for a stop at the next step; several processes agree on which one.
 
-    JAX's way to agree would wait for the dead: an ElasticStep has its own. It counts the calls, of
-    this part of a run, so that a signal before the first of them is not missed.
+    One process is asked by Ctrl-C as well; a second Ctrl-C ends it at once. JAX's way to agree
+    would wait for the dead: an ElasticStep has its own. It counts the calls, of this part of a run,
+    so that a signal before the first of them is not missed.
     """
 
     def __init__(self, step: Any):
+        self.number = int(signal.SIGTERM)  # the signal that was heard, if one was
         self._asked, self._calls = threading.Event(), itertools.count(1)
         self._elastic = step if isinstance(step, ElasticStep) else None
         self._ask = self._elastic.ask_to_stop if self._elastic else self._asked.set
+        self._old: dict[int, Any] = {}
 
     def __enter__(self):
-        self._old = None
-        ours = self._elastic is not None or jax.process_count() == 1
-        if ours and threading.current_thread() is threading.main_thread():
-            self._old = signal.signal(signal.SIGTERM, lambda *_: self._ask())
+        alone = self._elastic is None and jax.process_count() == 1
+        numbers = [signal.SIGTERM] if alone or self._elastic else []
+        if alone and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            numbers.append(signal.SIGINT)
+        if threading.current_thread() is threading.main_thread():
+            self._old = {number: signal.signal(number, self._hear) for number in numbers}
         return self
 
+    def _hear(self, number: int, _) -> None:
+        self.number = number
+        if number == signal.SIGINT:
+            signal.signal(number, signal.default_int_handler)
+            os.write(2, b"stopping after this step; Ctrl-C again stops at once\n")
+        self._ask()
+
     def __exit__(self, *_):
-        if self._old is not None:
-            signal.signal(signal.SIGTERM, self._old)
+        for number, old in self._old.items():
+            if old is not None:
+                signal.signal(number, old)
 
     def requested(self) -> bool:
         if self._elastic is not None:
