@@ -16,6 +16,8 @@ from jaxcomm.training.step import TrainStep
 AXIS = "workers"
 RAW = "raw"  # the rate of plain loopback
 METHODS = ("none", "dense", "sign two-phase", "ef21 block top-k", "local")
+FLAT = ", flattened"  # what the names of these end in: the whole chain sees one vector
+MANY_LEAVES = (*METHODS[:4], *(name + FLAT for name in METHODS[2:4]))
 ROUND = 8  # steps of a local method between two meetings
 ROWS = 32  # examples of a worker, on hosts
 BYTES = 4 * 12  # of memory for each parameter of each worker: copies that a step needs at most
@@ -55,8 +57,9 @@ def make_step(method: str, loss_fn, **where) -> TrainStep:
         ),
         "ef21 block top-k": lambda: jaxcomm.ef21(jaxcomm.block_top_k(0.01), AXIS),
     }
-    sgd, sync = optax.sgd(1e-3), None
-    tx = optax.chain(communication[method](), sgd) if method in communication else sgd
+    sgd, sync, name = optax.sgd(1e-3), None, method.removesuffix(FLAT)
+    tx = optax.chain(communication[name](), sgd) if name in communication else sgd
+    tx = jaxcomm.flattened(tx) if method.endswith(FLAT) else tx
     if method == "local":
         sync = jaxcomm.periodic(outer=jaxcomm.average(AXIS), every=jaxcomm.every(ROUND))
     return jaxcomm.make_train_step(loss_fn, tx, axis_name=AXIS, sync=sync, **where)
@@ -131,9 +134,9 @@ def alone_cases(largest: int = 10**8) -> list[Case]:
         if d <= largest
     ]
     cases += [
-        Case("leaves", method, 2, d, n)
+        Case("leaves", method, 4, d, n)
         for d in (10**6, 10**8)
-        for method in METHODS[:4]
+        for method in MANY_LEAVES
         for n in powers(1, 4)
     ]
     return [case for case in cases if case.parameters <= largest]

@@ -6,11 +6,21 @@ from pathlib import Path
 import jax
 
 import jaxcomm
-from experiments.bench_scale_cases import METHODS, RAW, ROUND, make_step, mlp, mlp_batch, mlp_loss
+from experiments.bench_scale_cases import (
+    MANY_LEAVES,
+    METHODS,
+    RAW,
+    ROUND,
+    make_step,
+    mlp,
+    mlp_batch,
+    mlp_loss,
+)
 from experiments.figures import pyplot
 from experiments.probe import LATENCY, throttled_link
 from jaxcomm.traffic.link import ETHERNET
 
+ORDER = (*METHODS, *MANY_LEAVES[4:])
 GROW = ("workers", "parameters", "leaves")
 CURVE = (2, 4, 8, 16, 64, 256, 1024, 4096)
 MOST_GROWTH, MOST_ERROR = 1.3, 0.15
@@ -81,7 +91,7 @@ def _growth(grows: str, rows: list[dict]) -> list[str]:
     title = {
         "workers": "Simulated workers on one device. Linear cost is the same time for each worker.",
         "parameters": "Parameters, 4 simulated workers.",
-        "leaves": "The same parameters in more leaves, 2 simulated workers, nothing on a wire.",
+        "leaves": "The same parameters in more leaves, 4 simulated workers, nothing on a wire.",
     }
     total = f" of {rows[0]['parameters']:,} parameters" if grows == "leaves" else ""
     lines = [f"## {grows.capitalize()}{total}", "", title[grows]]
@@ -94,7 +104,7 @@ def _growth(grows: str, rows: list[dict]) -> list[str]:
         "collectives | load |",
         "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
-    order = lambda row: (METHODS.index(row["method"]), row[grows])
+    order = lambda row: (ORDER.index(row["method"]), row[grows])
     for row in sorted(rows, key=order):
         added = added_seconds(rows, row)
         lines.append(
@@ -185,11 +195,12 @@ def draw(alone: list[dict], between: list[dict], path: Path) -> None:
     if (plt := pyplot()) is None:
         return
     figure, axes = plt.subplots(1, 4, figsize=(18, 4.2), layout="constrained")
-    colours = dict(zip(METHODS, ("tab:gray", "black", "tab:blue", "tab:orange", "tab:green")))
+    names = ("gray", "black", "blue", "orange", "green", "cyan", "red")
+    colours = dict(zip(ORDER, (name if name == "black" else f"tab:{name}" for name in names)))
     for axis, grows in zip(axes, GROW):
         for rows, style in zip(series(alone, grows), ("o-", "s--", "^:")):
             total = f", {rows[0]['parameters']:,}" if grows == "leaves" else ""
-            for method in METHODS:
+            for method in ORDER:
                 points = sorted((r[grows], r["seconds"]) for r in rows if r["method"] == method)
                 if points:
                     axis.loglog(*zip(*points), style, color=colours[method], label=method + total)

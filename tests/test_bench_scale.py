@@ -94,13 +94,14 @@ def test_cases_on_one_device_are_measured_once(tmp_path):
     path = tmp_path / "rows.jsonl"
     cases = [Case("leaves", "ef21 block top-k", 2, 2000, n) for n in (10, 150)]
     cases += [Case("leaves", "none", 2, 2000, 10)]
+    cases += [Case("leaves", "sign two-phase, flattened", 2, 2000, 150)]
     large = Case("parameters", "dense", 4, 10**12, 10)
     reasons = bench_scale.run_alone([*cases, large], path, limit=100)
     assert list(reasons) == [large]
     assert "skipped" in reasons[large]
     found = read_rows(path, bench_scale.ALONE)
     assert set(found) == {dataclasses.astuple(case) for case in cases}
-    few, many, none = (found[dataclasses.astuple(case)] for case in cases)
+    few, many, none, _ = (found[dataclasses.astuple(case)] for case in cases)
     assert few["collectives"] == many["collectives"] > none["collectives"] == 0
     assert min(few["seconds"], few["compile_seconds"], few["memory_bytes"]) > 0
     text = path.read_text()

@@ -49,6 +49,7 @@ METHODS = {
         )
     ),
     "ef21_w": direction(lambda: jaxcomm.ef21(K, AXIS, weight=jnp.array([0.1, 0.2, 0.3, 0.4]))),
+    "flattened": direction(lambda: jaxcomm.flattened(jaxcomm.ef21(K, AXIS, momentum=0.3))),
     "ef21_plus": direction(lambda: jaxcomm.ef21_plus(K, AXIS)),
     "econtrol": direction(lambda: jaxcomm.econtrol(K, AXIS, eta=0.05)),
     "dgc": direction(

@@ -47,6 +47,7 @@ EXCHANGES = {
     "power_sgd": lambda n: jaxcomm.power_sgd(1, AXIS),
     "majority_vote": lambda n: jaxcomm.majority_vote(AXIS),
     "trace_ef21": lambda n: optax.chain(optax.trace(0.5), jaxcomm.ef21(TOP, AXIS)),
+    "flattened": lambda n: jaxcomm.flattened(jaxcomm.ef21(TOP, AXIS)),
     "masked": lambda n: optax.chain(*halves(two_phase(), jaxcomm.average(AXIS))),
 }
 OPTIMIZERS = {

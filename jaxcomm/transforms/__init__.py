@@ -11,6 +11,7 @@ from jaxcomm.transforms._econtrol import EControlState, econtrol
 from jaxcomm.transforms._ef21 import EF21State, ef21
 from jaxcomm.transforms._ef21_plus import EF21PlusState, ef21_plus
 from jaxcomm.transforms._error_feedback import ErrorFeedbackState, error_feedback
+from jaxcomm.transforms._flattened import flattened
 from jaxcomm.transforms._just_one_byte import JustOneByte, JustOneByteState, just_one_byte
 from jaxcomm.transforms._lora import LoRA, leaves_named, lora_init, lora_merge, trainable
 from jaxcomm.transforms._one_bit_adam import (
@@ -75,6 +76,7 @@ __all__ = [
     "ef21_step_size",
     "ef21_weights",
     "error_feedback",
+    "flattened",
     "just_one_byte",
     "leaves_named",
     "local_step_intervals",
