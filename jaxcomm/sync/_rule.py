@@ -9,6 +9,7 @@ import optax
 
 from jaxcomm.collectives import flatten
 from jaxcomm.collectives.axis import varying_axes
+from jaxcomm.collectives.flatten import fits_float32
 
 SMALL = 2**14  # elements that are copied faster than they are reduced
 
@@ -106,7 +107,7 @@ def all_finite(tree) -> jax.Array:
 
     Of very many leaves a step takes less time so, and XLA compiles far fewer kernels.
     """
-    join = lambda x: x.size <= SMALL and jnp.promote_types(x.dtype, jnp.float32) == jnp.float32
+    join = lambda x: x.size <= SMALL and fits_float32(x)
     leaves = jax.tree.leaves(tree)
     parts = [x for x in leaves if not join(x)] + [flatten([x for x in leaves if join(x)])[0]]
     finite = [jnp.all(jnp.isfinite(x)).astype(jnp.float32) for x in parts]
