@@ -2,8 +2,8 @@
 
 XLA on CPU makes a kernel of every slice of a vector, and compiles two of them as one only if they
 cut at the same place. So that a tree of 10,000 leaves compiles at all, many leaves are joined and
-cut in groups of 64, groups of groups, and so on: equal groups share their kernels. A fence keeps
-XLA from merging the levels.
+cut in groups (of more than 16,384 in groups of groups): equal groups share their kernels. A fence
+keeps XLA from merging the levels.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from jaxcomm.collectives import axis
 from jaxcomm.compressors._fence import fence
 
 DIRECT = 128  # leaves that are joined and cut at once
-GROUP = 64  # of more leaves
+GROUP = 64  # of more leaves, at least
 
 
 class Joined:
@@ -92,9 +92,8 @@ def flatten(tree) -> tuple[jax.Array, Callable]:
 
 def _join(parts: Sequence[jax.Array]) -> jax.Array:
     """The parts as one vector."""
-    while len(parts) > DIRECT:
-        groups = [parts[i : i + GROUP] for i in range(0, len(parts), GROUP)]
-        parts = [fence(jnp.concatenate(group)) for group in groups]
+    if len(parts) > DIRECT:
+        parts = [fence(_join(group)) for group in _groups(parts)]
     return jnp.concatenate(parts)
 
 
@@ -102,12 +101,17 @@ def _cut(vector: jax.Array, sizes: Sequence[int]) -> Sequence[jax.Array]:
     """The inverse of `_join`."""
     if len(sizes) <= DIRECT:
         return lax.split(vector, sizes)
-    length = GROUP
-    while length * DIRECT < len(sizes):
-        length *= GROUP
-    groups = [sizes[i : i + length] for i in range(0, len(sizes), length)]
+    groups = _groups(sizes)
     parts = lax.split(vector, [sum(group) for group in groups])
     return [x for part, group in zip(parts, groups) for x in _cut(fence(part), group)]
+
+
+def _groups(items: Sequence) -> list[Sequence]:
+    """At most DIRECT groups of equal length, for few levels: each is a pass over the memory."""
+    length = GROUP
+    while length * DIRECT < len(items):
+        length *= 2
+    return [items[i : i + length] for i in range(0, len(items), length)]
 
 
 def leaf_buckets(tree, bucket_bytes: int | None) -> list[list[int]]:
