@@ -134,7 +134,7 @@ def alone_cases(largest: int = 10**8) -> list[Case]:
         if d <= largest
     ]
     cases += [
-        Case("leaves", method, 4, d, n)
+        Case("leaves", method, 3, d, n)
         for d in (10**6, 10**8)
         for method in MANY_LEAVES
         for n in powers(1, 4)

@@ -91,7 +91,7 @@ def _growth(grows: str, rows: list[dict]) -> list[str]:
     title = {
         "workers": "Simulated workers on one device. Linear cost is the same time for each worker.",
         "parameters": "Parameters, 4 simulated workers.",
-        "leaves": "The same parameters in more leaves, 4 simulated workers, nothing on a wire.",
+        "leaves": "The same parameters in more leaves, 3 simulated workers, nothing on a wire.",
     }
     total = f" of {rows[0]['parameters']:,} parameters" if grows == "leaves" else ""
     lines = [f"## {grows.capitalize()}{total}", "", title[grows]]

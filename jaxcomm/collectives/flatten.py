@@ -23,7 +23,7 @@ GROUP = 64  # of more leaves, at least
 
 
 class Joined:
-    """The vector of leaves that several may want: whoever wants it first joins them for all."""
+    """Leaves whose vector several may want, and whether somebody did."""
 
     def __init__(self, tree):
         self.asked = False  # `flatten` was called for these very leaves
@@ -37,7 +37,7 @@ class Joined:
         return self.vector
 
     def asks(self, leaves: Sequence) -> bool:
-        """Whether they are these, unrounded; what is inside of a conditional does not count."""
+        """Whether they are these, and float32 holds them; noted unless it is in a conditional."""
         same = [*map(id, leaves)] == [*map(id, self._leaves)] and all(map(fits_float32, leaves))
         self.asked |= same and axis.current_trace() is self._trace
         return same

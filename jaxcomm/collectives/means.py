@@ -43,7 +43,7 @@ def mean(tree, axis_name: AxisName, bucket_bytes: int | None = None):
         return jax.tree.map(one, tree)
     means = []
     for run in leaf_buckets(tree, bucket_bytes):
-        with joined_once(()):  # not of what would lie where it is in a simulation
+        with joined_once(()):  # simulated, nobody would want this vector
             vector, unflatten = flatten([leaves[i] for i in run])
         means += unflatten(dense_mean(vector, axis_name))
     return jax.tree.unflatten(treedef, means)
