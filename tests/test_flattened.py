@@ -11,7 +11,9 @@ from composition import AXIS
 import jaxcomm
 from jaxcomm import flattened
 
-WAYS = pytest.mark.parametrize("way", [{"simulate": 4}, {}], ids=["vmap", "shard_map"])
+WAYS = pytest.mark.parametrize(
+    "way", [{"simulate": 4}, {}, {"pmap": 8}], ids=["vmap", "shard_map", "pmap"]
+)
 ADAMW = lambda: optax.adamw(0.02, weight_decay=0.1)
 CHAINS = {
     "average": lambda: optax.chain(jaxcomm.average(AXIS), ADAMW()),

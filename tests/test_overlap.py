@@ -1,5 +1,7 @@
 """A step in pieces gives what the whole one gives, and its pieces are where they should be."""
 
+import sys
+
 import common
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,7 @@ import pytest
 from composition import PARAMS, batch, loss_fn
 
 import jaxcomm
+from jaxcomm.collectives.flatten import __name__ as FLATTEN
 from jaxcomm.compressors import compose, quantize, sign, top_k
 from jaxcomm.traffic.count import OPS, named_axes
 from jaxcomm.training._pieces import in_one, take_apart
@@ -153,6 +156,16 @@ def test_the_small_sum_of_metrics_joins_another():
     assert sorted(inputs) == [1, 1, 1, 2]
     _, one = pieces_of(optax.chain(jaxcomm.average(AXIS), optax.sgd(0.1)))
     assert len(one) == 1
+
+
+def test_of_many_leaves_too(monkeypatch):
+    """Their finite check needs more work than the gradients' sum: the small one is the last."""
+    for limit in ("DIRECT", "GROUP"):
+        monkeypatch.setattr(sys.modules[FLATTEN], limit, 2)
+    monkeypatch.setattr("jaxcomm.sync._rule.DIRECT", 2)
+    tx = optax.chain(jaxcomm.average(AXIS), optax.sgd(0.1))
+    _, one = pieces_of(tx)
+    assert [len(piece.ops[-1].inputs) for piece in one] == [2]
 
 
 @pytest.mark.parametrize(

@@ -483,8 +483,10 @@ def test_weak_types_and_plain_numbers_do_not_trace_twice():
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 @pytest.mark.parametrize("leaf", ["small", "large", "scalar"])
-def test_a_bad_number_is_seen_in_every_leaf(leaf, dtype):
+@pytest.mark.parametrize("many", [1, 128])
+def test_a_bad_number_is_seen_in_every_leaf(leaf, dtype, many, monkeypatch):
     """Of small leaves, which are joined, and of large ones; numbers beyond float32 are finite."""
+    monkeypatch.setattr("jaxcomm.sync._rule.DIRECT", many)
     with jax.enable_x64(dtype == "float64"):
         good = {"small": jnp.ones(5, dtype), "large": jnp.ones(SMALL + 1, dtype)}
         good |= {"scalar": jnp.asarray(1, dtype)}
@@ -507,6 +509,9 @@ def test_what_the_transform_joins_is_joined_once_and_a_nan_in_it_is_seen(way, mo
     plain = sys.modules[FLATTEN]._join
     note = lambda parts: joins.append(sum(x.size for x in parts)) or plain(parts)
     monkeypatch.setattr(sys.modules[FLATTEN], "_join", note)
+    for limit in ("DIRECT", "GROUP"):  # leaves: these are many
+        monkeypatch.setattr(sys.modules[FLATTEN], limit, 2)
+    monkeypatch.setattr("jaxcomm.sync._rule.DIRECT", 2)
     step = jaxcomm.make_train_step(loss, tx, axis_name=AXIS, donate=False, **way)
     start = step.init(params, KEY)
     joins.clear()

@@ -26,7 +26,7 @@ class Joined:
     """Leaves whose vector several may want, and whether somebody did."""
 
     def __init__(self, tree):
-        self.asked = False  # `flatten` was called for these very leaves
+        self.asked = False  # `flatten` was called for these very leaves, and they are many
         self.vector: jax.Array | None = None
         self._leaves = jax.tree.leaves(tree)
         self._trace = axis.current_trace()
@@ -39,7 +39,8 @@ class Joined:
     def asks(self, leaves: Sequence) -> bool:
         """Whether they are these, and float32 holds them; noted unless it is in a conditional."""
         same = [*map(id, leaves)] == [*map(id, self._leaves)] and all(map(fits_float32, leaves))
-        self.asked |= same and axis.current_trace() is self._trace
+        here = axis.current_trace() is self._trace
+        self.asked |= same and here and len(leaves) > DIRECT
         return same
 
 
@@ -129,8 +130,9 @@ def leaf_buckets(tree, bucket_bytes: int | None) -> list[list[int]]:
 
 
 def fits_float32(x) -> bool:
-    """Whether float32 holds every value of the leaf's dtype."""
-    return jnp.promote_types(x.dtype, jnp.float32) == jnp.float32
+    """Whether the leaf is of numbers that float32 holds without rounding."""
+    floating = jnp.issubdtype(x.dtype, jnp.floating)
+    return floating and jnp.promote_types(x.dtype, jnp.float32) == jnp.float32
 
 
 def tree_size(tree) -> int:

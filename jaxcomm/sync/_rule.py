@@ -9,7 +9,7 @@ import optax
 
 from jaxcomm.collectives import flatten
 from jaxcomm.collectives.axis import varying_axes
-from jaxcomm.collectives.flatten import fits_float32
+from jaxcomm.collectives.flatten import DIRECT, fits_float32
 
 SMALL = 2**14  # elements that are copied faster than they are reduced
 
@@ -103,14 +103,16 @@ def float32(tree):
 
 
 def all_finite(tree) -> jax.Array:
-    """Are all leaves finite: one reduction each, of small leaves one for all of them, joined.
+    """Are all leaves finite: one reduction each; of many small leaves one for all of them, joined.
 
-    Of very many leaves a step takes less time so, and XLA compiles far fewer kernels.
+    Of very many a step takes less time so, and XLA compiles far fewer kernels.
     """
-    join = lambda x: x.size <= SMALL and fits_float32(x)
     leaves = jax.tree.leaves(tree)
-    parts = [x for x in leaves if not join(x)] + [flatten([x for x in leaves if join(x)])[0]]
-    finite = [jnp.all(jnp.isfinite(x)).astype(jnp.float32) for x in parts]
+    small = [x for x in leaves if x.size <= SMALL and fits_float32(x)]
+    if len(small) > DIRECT:
+        leaves = [x for x in leaves if x.size > SMALL or not fits_float32(x)]
+        leaves.append(flatten(small)[0])
+    finite = [jnp.all(jnp.isfinite(x)).astype(jnp.float32) for x in leaves]
     return jnp.all(flatten(finite)[0] > 0)
 
 

@@ -3,8 +3,8 @@
 The order is the one for a slow network, where the first large message travels for longer than
 everything takes that it does not hold up: first what needs the least computation, then what waits
 for no other before what waits for some, small messages before large ones. The parts of a payload
-(values, scales, indices) are one message of bytes, and a small sum joins the sum behind it: hosts
-pay more for a meeting than for its bytes.
+(values, scales, indices) are one message of bytes, and a small sum joins the sum behind it (the
+last one, the sum before it): hosts pay more for a meeting than for its bytes.
 """
 
 import itertools
@@ -112,13 +112,15 @@ def _ordered(program: Program, ops: list[Op]) -> list[Op]:
 
 
 def _sums_joined(program: Program, ops: list[Op], order: list[Op]) -> list[Op]:
-    """The collectives, each small sum joined with the sum behind it."""
+    """The collectives, each small sum joined with the sum behind it, the last with that before."""
     source, result = _source(ops), list[Op]()
     for op in order:
         small = result[-1] if result else op
         needed = _needs(source[op.outputs[0]], ops, source)
         depends = any(source[v] in needed for v in small.outputs)
-        if depends or not _sums_alike(small, op) or program.size(small.inputs) > SMALL:
+        either = [small, op] if op is order[-1] else [small]
+        light = min(program.size(x.inputs) for x in either) <= SMALL
+        if depends or not light or not _sums_alike(small, op):
             result.append(op)
             continue
 
