@@ -1,7 +1,7 @@
 """A transform that sees the whole tree as one vector, for models of very many small leaves.
 
-Every operation on a leaf costs a kernel, and memories are trees like the parameters: EF21 has some
-ten kernels a leaf, of which four remain if all that it and the optimizer behind it keep is vectors.
+Every operation on a leaf costs a kernel, and memories are trees like the parameters, which an
+exchange joins and cuts again. As vectors they stay as they are from step to step.
 
 `optax.flatten` does the same; here leaves are joined and cut in groups, as XLA on CPU compiles a
 kernel for every slice at another place.
