@@ -20,6 +20,7 @@ FLAT = ", flattened"  # what the names of these end in: the whole chain sees one
 MANY_LEAVES = (*METHODS[:4], *(name + FLAT for name in METHODS[2:4]))
 ROUND = 8  # steps of a local method between two meetings
 ROWS = 32  # examples of a worker, on hosts
+EXAMPLES = 1024  # of a worker, where a step computes
 BYTES = 4 * 12  # of memory for each parameter of each worker: copies that a step needs at most
 
 
@@ -32,6 +33,7 @@ class Case:
     workers: int
     parameters: int
     leaves: int
+    examples: int = 0  # of a worker that every parameter is multiplied by
 
     @property
     def bytes(self) -> int:
@@ -65,9 +67,9 @@ def make_step(method: str, loss_fn, **where) -> TrainStep:
     return jaxcomm.make_train_step(loss_fn, tx, axis_name=AXIS, sync=sync, **where)
 
 
-def bare_step(params, batch):
+def bare_step(loss_fn, params, batch):
     """What 'none' is: loss, gradient, optimizer of workers who never hear of each other."""
-    losses, grads = jax.vmap(jax.value_and_grad(tree_loss), (0, 0, None))(params, batch, None)
+    losses, grads = jax.vmap(jax.value_and_grad(loss_fn), (0, 0, None))(params, batch, None)
     return optax.apply_updates(params, jax.tree.map(lambda g: -1e-3 * g, grads)), losses
 
 
@@ -89,6 +91,28 @@ def tree_loss(params, batch, key):
     target = jnp.mean(batch)
     terms = [jnp.sum((x - target) ** 2) for x in jax.tree.leaves(params)]
     return jnp.sum(flatten(terms)[0])
+
+
+def layers_loss(params, batch, key):
+    """Every leaf is a nearly square layer of its own: as many operations, however many leaves."""
+    del key
+    terms = []
+    for x in jax.tree.leaves(params):
+        layer = x.reshape(_rows(x.size), -1)
+        terms.append(jnp.mean((batch[:, : len(layer)] @ layer) ** 2))
+    return jnp.sum(flatten(terms)[0])
+
+
+def layers_batch(case: Case) -> np.ndarray:
+    """As many examples for each worker as the case has."""
+    sizes = {x.size for x in tree(case.parameters, case.leaves).values()}
+    shape = case.workers * case.examples, max(map(_rows, sizes))
+    return np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+
+
+def _rows(size: int) -> int:
+    """The divisor of a size that is next below its square root."""
+    return next(k for k in range(math.isqrt(size), 0, -1) if size % k == 0)
 
 
 WIDTHS = (256, 768, 768, 256, 10)  # 1.0 million parameters
@@ -138,6 +162,11 @@ def alone_cases(largest: int = 10**8) -> list[Case]:
         for d in (10**6, 10**8)
         for method in MANY_LEAVES
         for n in powers(1, 4)
+    ]
+    cases += [
+        Case("leaves", method, 3, 10**8, n, EXAMPLES)
+        for method in MANY_LEAVES
+        for n in (10, 10**3, 10**4)
     ]
     return [case for case in cases if case.parameters <= largest]
 

@@ -64,12 +64,10 @@ def report(alone: list[dict], between: list[dict]) -> str:
 
 
 def series(rows: list[dict], grows: str) -> list[list[dict]]:
-    """The rows of one kind of growth; those of other leaves once for each total."""
+    """The rows of one kind of growth; those of leaves once for each total and computation."""
     mine = [row for row in rows if row["grows"] == grows]
-    if grows != "leaves":
-        return [mine] if mine else []
-    totals = sorted({row["parameters"] for row in mine})
-    return [[row for row in mine if row["parameters"] == total] for total in totals]
+    kind = lambda row: grows == "leaves" and (row["examples"], row["parameters"])
+    return [[row for row in mine if kind(row) == one] for one in sorted({*map(kind, mine)})]
 
 
 def growth(rows: list[dict], grows: str, field: str, method: str) -> float | None:
@@ -82,7 +80,7 @@ def growth(rows: list[dict], grows: str, field: str, method: str) -> float | Non
 
 def added_seconds(rows: list[dict], row: dict) -> float | None:
     """What communication adds to the step, beside the same step without it."""
-    same = lambda r: all(r[k] == row[k] for k in GROW) and r["method"] == "none"
+    same = lambda r: all(r[k] == row[k] for k in (*GROW, "examples")) and r["method"] == "none"
     bare = next((r["seconds"] for r in rows if same(r)), None)
     return None if bare is None else row["seconds"] - bare
 
@@ -93,8 +91,10 @@ def _growth(grows: str, rows: list[dict]) -> list[str]:
         "parameters": "Parameters, 4 simulated workers.",
         "leaves": "The same parameters in more leaves, 3 simulated workers, nothing on a wire.",
     }
-    total = f" of {rows[0]['parameters']:,} parameters" if grows == "leaves" else ""
+    total = f" of {_total(rows)}" if grows == "leaves" else ""
     lines = [f"## {grows.capitalize()}{total}", "", title[grows]]
+    if grows == "leaves":
+        lines += [_computation(rows[0]["examples"])]
     lines += ["`none` is the same step of workers that never communicate (loss, gradient, SGD);"]
     lines += ["`added` is what a method's step takes beyond it.", ""]
     unit = {"workers": "us / worker", "parameters": "ns / parameter", "leaves": "us / leaf"}[grows]
@@ -128,6 +128,17 @@ def _growth(grows: str, rows: list[dict]) -> list[str]:
             text += f" (at most {MOST_GROWTH} is wanted)"
         lines.append(text)
     return lines
+
+
+def _total(rows: list[dict]) -> str:
+    computing = ", computing" if rows[0]["examples"] else ""
+    return f"{rows[0]['parameters']:,} parameters{computing}"
+
+
+def _computation(examples: int) -> str:
+    if not examples:
+        return "The loss is next to no computation: what is left is what leaves cost."
+    return f"Each leaf is a layer, which {examples:,} examples of each worker pass."
 
 
 def _predictions(rows: list[dict]) -> list[str]:
@@ -199,11 +210,13 @@ def draw(alone: list[dict], between: list[dict], path: Path) -> None:
     colours = dict(zip(ORDER, (name if name == "black" else f"tab:{name}" for name in names)))
     for axis, grows in zip(axes, GROW):
         for rows, style in zip(series(alone, grows), ("o-", "s--", "^:")):
-            total = f", {rows[0]['parameters']:,}" if grows == "leaves" else ""
+            total = f", {_total(rows)}" if grows == "leaves" else ""
             for method in ORDER:
                 points = sorted((r[grows], r["seconds"]) for r in rows if r["method"] == method)
                 if points:
-                    axis.loglog(*zip(*points), style, color=colours[method], label=method + total)
+                    axis.loglog(
+                        *zip(*points), style, color=colours[method], label=f"{method}{total}"
+                    )
         axis.set(xlabel=grows, ylabel="seconds a step")
     last = axes[-1]
     for rate, style in zip(_throttled(between), ("-", "--", ":", "-.")):

@@ -6,6 +6,7 @@ CASE is a case as JSON; the last line of the output is the row as JSON.
 """
 
 import dataclasses
+import functools
 import json
 import os
 import statistics
@@ -15,9 +16,18 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import jaxcomm
-from experiments.bench_scale_cases import Case, bare_step, make_step, tree, tree_loss
+from experiments.bench_scale_cases import (
+    Case,
+    bare_step,
+    layers_batch,
+    layers_loss,
+    make_step,
+    tree,
+    tree_loss,
+)
 
 REPEATS, BUDGET = 9, 3.0  # steps that are timed; seconds they may take, three at least
 WARM = 6  # steps before them: memory that is kept grows for as long
@@ -32,6 +42,7 @@ class Row:
     workers: int
     parameters: int
     leaves: int
+    examples: int
     seconds: float  # a step, all workers
     trace_seconds: float  # placement, tracing and lowering
     compile_seconds: float
@@ -43,14 +54,18 @@ class Row:
 def measure(case: Case) -> Row:
     """Compiles and runs the step."""
     load, before = os.getloadavg()[0], _peak()
-    params, batch = tree(case.parameters, case.leaves), jnp.ones((case.workers, 1))
+    params = tree(case.parameters, case.leaves)
+    loss_fn = layers_loss if case.examples else tree_loss
+    batch = jnp.asarray(layers_batch(case) if case.examples else np.ones((case.workers, 1)))
     start = time.perf_counter()
     step = None
     if case.method == "none":
         state = jax.tree.map(lambda x: jnp.stack([x] * case.workers), params)
-        lowered = jax.jit(bare_step, donate_argnums=0).lower(state, batch)
+        batch = batch.reshape(case.workers, -1, batch.shape[-1])
+        bare = functools.partial(bare_step, loss_fn)
+        lowered = jax.jit(bare, donate_argnums=0).lower(state, batch)
     else:
-        step = make_step(case.method, tree_loss, simulate=case.workers)
+        step = make_step(case.method, loss_fn, simulate=case.workers)
         state = step.init(params, jax.random.key(0))
         lowered = step.lower(state, batch)
     traced = time.perf_counter()

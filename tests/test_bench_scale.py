@@ -12,7 +12,16 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from experiments import bench, bench_scale, bench_scale_report, netns
-from experiments.bench_scale_cases import METHODS, Case, Link, alone_cases, link_cases, tree
+from experiments.bench_scale_cases import (
+    METHODS,
+    Case,
+    Link,
+    alone_cases,
+    layers_batch,
+    layers_loss,
+    link_cases,
+    tree,
+)
 from experiments.rows import read_rows
 from jaxcomm.collectives import flatten
 from jaxcomm.collectives.flatten import __name__ as FLATTEN
@@ -89,11 +98,23 @@ def test_the_cases():
     assert bench.find("scale") is bench_scale
 
 
+@pytest.mark.parametrize("leaves", [4, 40])
+def test_layers_compute_as_much_in_few_leaves_as_in_many(leaves):
+    """Each parameter is multiplied by each example."""
+    case = Case("leaves", "none", 1, 64_000, leaves, examples=16)
+    params, batch = tree(case.parameters, case.leaves), layers_batch(case)
+    compiled = jax.jit(layers_loss, static_argnums=2).lower(params, batch, None).compile()
+    operations = compiled.cost_analysis()["flops"]
+    assert operations == pytest.approx(2 * case.examples * case.parameters, rel=0.1)
+    slope = jax.grad(layers_loss)(params, batch, None)
+    assert all(np.abs(x).min() > 0 for x in jax.tree.leaves(slope))
+
+
 @pytest.mark.slow
 def test_cases_on_one_device_are_measured_once(tmp_path):
     path = tmp_path / "rows.jsonl"
     cases = [Case("leaves", "ef21 block top-k", 2, 2000, n) for n in (10, 150)]
-    cases += [Case("leaves", "none", 2, 2000, 10)]
+    cases += [Case("leaves", "none", 2, 2000, 10), Case("leaves", "none", 2, 2000, 10, 8)]
     cases += [Case("leaves", "sign two-phase, flattened", 2, 2000, 150)]
     large = Case("parameters", "dense", 4, 10**12, 10)
     reasons = bench_scale.run_alone([*cases, large], path, limit=100)
@@ -101,7 +122,7 @@ def test_cases_on_one_device_are_measured_once(tmp_path):
     assert "skipped" in reasons[large]
     found = read_rows(path, bench_scale.ALONE)
     assert set(found) == {dataclasses.astuple(case) for case in cases}
-    few, many, none, _ = (found[dataclasses.astuple(case)] for case in cases)
+    few, many, none, _, _ = (found[dataclasses.astuple(case)] for case in cases)
     assert few["collectives"] == many["collectives"] > none["collectives"] == 0
     assert min(few["seconds"], few["compile_seconds"], few["memory_bytes"]) > 0
     text = path.read_text()
@@ -123,6 +144,7 @@ def test_the_report_compares(tmp_path):
         for method, seconds in (("none", 0.01), ("dense", 0.02))
         for n in (10, 10_000)
     ]
+    alone += [{**row, "examples": 64, "seconds": row["seconds"] + 0.1} for row in alone]
     guess = bench_scale_report.predicted("dense", 2, "100mbit", 0.01).step_seconds
     between = [
         _row(Link("dense", 2, "100mbit"), seconds=guess / 0.9),
@@ -131,6 +153,9 @@ def test_the_report_compares(tmp_path):
     text = bench_scale_report.report(alone, between)
     assert "- dense: 1,000 times the leaves, 2.00 times the seconds a step" in text
     assert "| dense | 10 | 0.0252 | 0.0126 |" in text  # 0.01 * 10^0.1 beyond `none`
+    both = text.index("## Leaves of 1,000,000 parameters\n"), text.index("parameters, computing\n")
+    assert both[0] < text.index("- dense: 1,000 times the leaves, 2.00") < both[1]
+    assert text.count("| dense | 10 | 0.1252 | 0.0126 |") == 1  # beside `none` that computes
     assert "1 of 2 predictions within 15%." in text
     assert "| 0.90 | 1.0 |" in text
     bench_scale_report.draw(alone, between, tmp_path / "scale.png")

@@ -6,56 +6,17 @@ cut in groups (of more than 16,384 in groups of groups): equal groups share thei
 keeps XLA from merging the levels.
 """
 
-import contextlib
-import contextvars
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxcomm.collectives import axis
 from jaxcomm.compressors._fence import fence
 
 DIRECT = 128  # leaves that are joined and cut at once
 GROUP = 64  # of more leaves, at least
-
-
-class Joined:
-    """Leaves whose vector several may want, and whether somebody did."""
-
-    def __init__(self, tree):
-        self.asked = False  # `flatten` was called for these very leaves, and they are many
-        self.vector: jax.Array | None = None
-        self._leaves = jax.tree.leaves(tree)
-        self._trace = axis.current_trace()
-
-    def join(self) -> jax.Array:
-        """Joins them now; `flatten` will give this vector."""
-        self.vector = flatten(self._leaves)[0]
-        return self.vector
-
-    def asks(self, leaves: Sequence) -> bool:
-        """Whether they are these, and float32 holds them; noted unless it is in a conditional."""
-        same = [*map(id, leaves)] == [*map(id, self._leaves)] and all(map(fits_float32, leaves))
-        here = axis.current_trace() is self._trace
-        self.asked |= same and here and len(leaves) > DIRECT
-        return same
-
-
-_joined: contextvars.ContextVar[Joined | None] = contextvars.ContextVar("joined", default=None)
-
-
-@contextlib.contextmanager
-def joined_once(tree) -> Iterator[Joined]:
-    """Within the block `flatten` joins these leaves at most once, if that is done beforehand."""
-    joined = Joined(tree)
-    token = _joined.set(joined)
-    try:
-        yield joined
-    finally:
-        _joined.reset(token)
 
 
 def flatten(tree) -> tuple[jax.Array, Callable]:
@@ -70,16 +31,12 @@ def flatten(tree) -> tuple[jax.Array, Callable]:
       TypeError: a leaf is not a real floating-point array.
     """
     check_floating(tree)
-    given, treedef = jax.tree.flatten(tree)
-    leaves = [jnp.asarray(leaf) for leaf in given]
+    leaves, treedef = jax.tree.flatten(tree)
+    leaves = [jnp.asarray(leaf) for leaf in leaves]
     own = [(leaf.shape, leaf.dtype) for leaf in leaves]
     sizes = [math.prod(shape) for shape, _ in own]
-    joined, vector = _joined.get(), None
-    if joined is not None and joined.asks(given):
-        vector = joined.vector
-    if vector is None:
-        flat = [lax.reshape(leaf.astype(jnp.float32), (n,)) for leaf, n in zip(leaves, sizes)]
-        vector = _join(flat) if any(sizes) else jnp.zeros((0,), jnp.float32)
+    flat = [lax.reshape(leaf.astype(jnp.float32), (n,)) for leaf, n in zip(leaves, sizes)]
+    vector = _join(flat) if any(sizes) else jnp.zeros((0,), jnp.float32)
 
     def unflatten(vector: jax.Array, dtype=None):
         parts = _cut(vector, sizes) if own else []
@@ -127,12 +84,6 @@ def leaf_buckets(tree, bucket_bytes: int | None) -> list[list[int]]:
         runs[-1].append(i)
         filled += 4 * math.prod(jnp.shape(leaf))
     return runs
-
-
-def fits_float32(x) -> bool:
-    """Whether the leaf is of numbers that float32 holds without rounding."""
-    floating = jnp.issubdtype(x.dtype, jnp.floating)
-    return floating and jnp.promote_types(x.dtype, jnp.float32) == jnp.float32
 
 
 def tree_size(tree) -> int:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from jaxcomm.collectives import axis, primitives
 from jaxcomm.collectives.axis import AxisName
-from jaxcomm.collectives.flatten import check_floating, flatten, joined_once, leaf_buckets
+from jaxcomm.collectives.flatten import check_floating, flatten, leaf_buckets
 from jaxcomm.compressors.base import Compressor, Payload
 
 
@@ -43,8 +43,7 @@ def mean(tree, axis_name: AxisName, bucket_bytes: int | None = None):
         return jax.tree.map(one, tree)
     means = []
     for run in leaf_buckets(tree, bucket_bytes):
-        with joined_once(()):  # simulated, nobody would want this vector
-            vector, unflatten = flatten([leaves[i] for i in run])
+        vector, unflatten = flatten([leaves[i] for i in run])
         means += unflatten(dense_mean(vector, axis_name))
     return jax.tree.unflatten(treedef, means)
 

@@ -22,7 +22,6 @@ from jax.core import Tracer
 
 from jaxcomm.collectives import all_sum, axis
 from jaxcomm.collectives.conditional import APART, Choices, record_choices
-from jaxcomm.collectives.flatten import joined_once
 from jaxcomm.collectives.primitives import sum_rows
 from jaxcomm.sync._rule import SyncRule, all_finite
 from jaxcomm.traffic.count import count
@@ -61,7 +60,6 @@ class TrainStep:
         self.choice_names: tuple[str, ...] = ()  # of `metrics['branches']`, once traced
         self._loss_fn, self._tx = loss_fn, optax.with_extra_args_support(tx)
         self._sync, self._donate = sync, donate
-        self._joins = False  # does tx join the gradients; told by the trace that finds the places
         self._update_axes: tuple[str, ...] | None = None  # see _locate; None before they are known
         self._run: Callable | None = None
         self._mean: Callable | None = None
@@ -96,13 +94,7 @@ class TrainStep:
         return state, metrics, branches
 
     def _apply(self, state: TrainState, grads, metrics, obj_fn):
-        with joined_once(grads) as joined:
-            finite = all_finite((metrics["loss"], joined.join() if self._joins else grads))
-            out = self._advance(finite, state, grads, metrics, obj_fn)
-        self._joins = joined.asked
-        return out
-
-    def _advance(self, finite, state: TrainState, grads, metrics, obj_fn):
+        finite = all_finite((metrics["loss"], grads))
         sync, sync_state = self._sync, state.sync_state
         if sync is None:
             finite, metrics = self._agree(finite, metrics)
