@@ -20,7 +20,7 @@ FLAT = ", flattened"  # what the names of these end in: the whole chain sees one
 MANY_LEAVES = (*METHODS[:4], *(name + FLAT for name in METHODS[2:4]))
 ROUND = 8  # steps of a local method between two meetings
 ROWS = 32  # examples of a worker, on hosts
-EXAMPLES = 1024  # of a worker, where a step computes
+EXAMPLES, LAYERS = 1024, 10  # of a worker, and of the model, where a step computes
 BYTES = 4 * 12  # of memory for each parameter of each worker: copies that a step needs at most
 
 
@@ -94,19 +94,20 @@ def tree_loss(params, batch, key):
 
 
 def layers_loss(params, batch, key):
-    """Every leaf is a nearly square layer of its own: as many operations, however many leaves."""
+    """Every parameter is multiplied by every example: the leaves, joined, are the same ten nearly
+    square layers, however many leaves they are cut into.
+    """
     del key
-    terms = []
-    for x in jax.tree.leaves(params):
-        layer = x.reshape(_rows(x.size), -1)
-        terms.append(jnp.mean((batch[:, : len(layer)] @ layer) ** 2))
-    return jnp.sum(flatten(terms)[0])
+    vector, _ = flatten(params)
+    cut = flatten(tree(vector.size, LAYERS))[1]
+    layers = [x.reshape(_rows(x.size), -1) for x in jax.tree.leaves(cut(vector))]
+    return sum(jnp.mean((batch[:, : len(layer)] @ layer) ** 2) for layer in layers)
 
 
 def layers_batch(case: Case) -> np.ndarray:
     """As many examples for each worker as the case has."""
-    sizes = {x.size for x in tree(case.parameters, case.leaves).values()}
-    shape = case.workers * case.examples, max(map(_rows, sizes))
+    width = max(_rows(x.size) for x in tree(case.parameters, LAYERS).values())
+    shape = case.workers * case.examples, width
     return np.random.default_rng(0).standard_normal(shape).astype(np.float32)
 
 

@@ -138,7 +138,7 @@ def _total(rows: list[dict]) -> str:
 def _computation(examples: int) -> str:
     if not examples:
         return "The loss is next to no computation: what is left is what leaves cost."
-    return f"Each leaf is a layer, which {examples:,} examples of each worker pass."
+    return f"The leaves, joined, are ten layers, which {examples:,} examples of each worker pass."
 
 
 def _predictions(rows: list[dict]) -> list[str]:
