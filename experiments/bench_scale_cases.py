@@ -165,9 +165,7 @@ def alone_cases(largest: int = 10**8) -> list[Case]:
         for n in powers(1, 4)
     ]
     cases += [
-        Case("leaves", method, 3, 10**8, n, EXAMPLES)
-        for method in MANY_LEAVES
-        for n in (10, 10**3, 10**4)
+        Case("leaves", method, 3, 10**8, n, EXAMPLES) for method in MANY_LEAVES for n in (10, 10**4)
     ]
     return [case for case in cases if case.parameters <= largest]
 
