@@ -112,7 +112,7 @@ def layers_batch(case: Case) -> np.ndarray:
 
 
 def _rows(size: int) -> int:
-    """The divisor of a size that is next below its square root."""
+    """The largest divisor of a size that is not above its square root."""
     return next(k for k in range(math.isqrt(size), 0, -1) if size % k == 0)
 
 

@@ -105,7 +105,7 @@ def float32(tree):
 def all_finite(tree) -> jax.Array:
     """Are all leaves finite: a reduction for every 16 of one shape, element by element.
 
-    Very many leaves are so checked as fast as one, and XLA compiles far fewer kernels.
+    Of very many leaves XLA has far fewer kernels so, to compile and to start.
     """
     alike: dict[tuple, list] = {}
     for x in jax.tree.leaves(tree):
